@@ -150,6 +150,8 @@ class Conversations(Sequence[Conversation]):
     """Indices of each conversation's messages in `messages`."""
     image_rows: "Ragged"
     """Indices of each conversation's `Conversation.images` in `images`."""
+    subjects: list[str]
+    """The distinct `Conversation.subjects`, in the order of first appearance."""
 
     def __init__(self, conversations: Iterable[Conversation]):
         images, subjects, sources = dict[Image, int](), dict[str, int](), dict[tuple[str, str], int]()
@@ -181,7 +183,7 @@ class Conversations(Sequence[Conversation]):
             head, number, tail = _split_source(conversation.source)
             source_codes.append(sources.setdefault((head, tail), len(sources)))
             numbers.append(number)
-        self.images, self._subjects, self._sources = list(images), list(subjects), list(sources)
+        self.images, self.subjects, self._sources = list(images), list(subjects), list(sources)
         self.messages = [
             Message(role, tuple([_ANY_IMAGE if part is None else part for part in parts]), inline)
             for role, parts, inline in messages
@@ -190,6 +192,12 @@ class Conversations(Sequence[Conversation]):
             builder.rows() for builder in (message_rows, image_rows, subject_rows)
         )
         self._value_ends, self._source_codes, self._numbers = value_ends, source_codes, numbers
+
+    def metadata_values(self, key: str) -> Iterator[Any]:
+        """Yield the value of a key for each conversation whose `metadata` has it."""
+        for keys, start in zip(self._keys, self._value_ends, strict=False):
+            if key in keys:
+                yield self._values[start + keys.index(key)]
 
     def __len__(self) -> int:
         return len(self._task_ids)
@@ -213,7 +221,7 @@ class Conversations(Sequence[Conversation]):
             messages=tuple([_with_images(message, images) for message in messages]),
             metadata=dict(zip(self._keys[index], values, strict=True)),
             source=head if number < 0 else f"{head}{number}{tail}",
-            subjects=frozenset([self._subjects[code] for code in self._subject_rows[index].tolist()]),
+            subjects=frozenset([self.subjects[code] for code in self._subject_rows[index].tolist()]),
         )
 
 

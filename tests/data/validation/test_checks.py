@@ -12,10 +12,10 @@ import pytest
 
 from tests.helpers import small_run
 from umbrella_jax.cli import main
-from umbrella_jax.config.schema import AugmentConfig
+from umbrella_jax.config.schema import AugmentConfig, ModalityConfig
 from umbrella_jax.data import voxels as voxels_module
 from umbrella_jax.data.cache import Sources
-from umbrella_jax.data.conversation import Image
+from umbrella_jax.data.conversation import Conversation, Conversations, Image, Message
 from umbrella_jax.data.loader import Dataset
 from umbrella_jax.data.validation.checks import check_overlap, validate
 from umbrella_jax.data.validation.contents import ContentsReader
@@ -216,12 +216,38 @@ def test_a_family_in_train_and_eval(config, ask, nifti, write_json):
     assert [f.place for f in reported(validate(config(*paths)), "fault", "overlap")] == ["group F1"]
 
 
+def test_shared_people_are_found_without_building_the_training_conversations(monkeypatch):
+    def talk(subject: str, **metadata: object) -> Conversation:
+        return Conversation("t", None, (Message("user", ("?",)),), metadata, "t.json[0]", frozenset([subject]))
+
+    train = Conversations([talk("1", group_id=7), talk("2", age=5), talk("3", group_id=None)])
+    asked = Conversations([talk("2", group_id="7"), talk("3", reference_id="3")])
+    build = Conversations.__getitem__
+
+    def refuse(conversations: Conversations, index: int) -> Conversation:
+        assert conversations is asked
+        return build(conversations, index)
+
+    monkeypatch.setattr(Conversations, "__getitem__", refuse)
+    sets = {name: Dataset(own, (), (), {}, {}, Sources()) for name, own in (("train", train), ("eval", asked))}
+    assert "1 group and 1 subject are in train and in eval: subject 2, group 7" in str(
+        check_overlap(sets, allowed=True)
+    )
+
+
 def test_a_renamed_copy_is_found_by_its_bytes(nifti, tmp_path):
     """`train` compares files by their bytes, `validate` by voxels."""
     shutil.copyfile(nifti("sub-01.nii.gz", (4, 4, 4)), tmp_path / "sub-17.nii.gz")
     sources = Sources()
     sets = {
-        name: Dataset((), (), (), {Image(tmp_path / file, "T1"): 1}, {}, sources)
+        name: Dataset(
+            (),
+            (),
+            (),
+            {Image(tmp_path / file, "T1"): 1},
+            {"T1": ModalityConfig(size=(4, 4, 4), patch=(2, 2, 2))},
+            sources,
+        )
         for name, file in (("train", "sub-01.nii.gz"), ("eval", "sub-17.nii.gz"))
     }
     same = f"{tmp_path / 'sub-01.nii.gz'} = {tmp_path / 'sub-17.nii.gz'}"

@@ -291,7 +291,6 @@ def check_overlap(datasets: Mapping[str, Dataset], *, allowed: bool) -> str | No
     Raises:
         DataError: there are some, and they are not `allowed`.
     """
-    sets = {name: ConversationSet("", dataset.conversations, {}) for name, dataset in datasets.items()}
     sets_of: dict[tuple[Path, str], list[str]] = defaultdict(list)
     for name, dataset in datasets.items():
         for image in dataset.windows:
@@ -301,7 +300,7 @@ def check_overlap(datasets: Mapping[str, Dataset], *, allowed: bool) -> str | No
         dataset = datasets[names[0]]
         digest = dataset.sources.digest(path, dataset.modalities[modality])
         scans[digest].append(ShownVolume(path, modality, tuple(names), 1, None))
-    people = [place for place, *_ in _shared_people(sets)]
+    people = _shared_names(*(datasets[name].conversations for name in SETS)) if set(datasets) == set(SETS) else []
     only_references = _only_references(datasets["eval"].conversations) if "eval" in datasets else set()
     shared = [" = ".join(paths) for paths in _shared_scans(scans.values(), only_references)]
     if not people and not shared:
@@ -321,6 +320,18 @@ def check_overlap(datasets: Mapping[str, Dataset], *, allowed: bool) -> str | No
         f"data.train, data.eval: {overlap}; evaluate on other subjects, or allow it: data.allow_overlap: true "
         "(--allow-overlap)"
     )
+
+
+def _shared_names(train: Sequence[Conversation], evaluation: Sequence[Conversation]) -> list[str]:
+    """Return what `_shared_people` calls each one in both, without building the conversations of train."""
+    both = [c if isinstance(c, Conversations) else Conversations(c) for c in (train, evaluation)]
+    subjects = set.intersection(*(set(own.subjects) for own in both))
+    if subjects:
+        subjects &= {name for conversation in evaluation for name in conversation.subjects - conversation.references}
+    groups = [{str(group) for group in own.metadata_values("group_id") if group is not None} for own in both]
+    return [f"subject {name}" for name in sorted(subjects)] + [
+        f"group {name}" for name in sorted(groups[0] & groups[1])
+    ]
 
 
 def _shared_people(sets: Mapping[str, ConversationSet]) -> Iterator[tuple[str, list[str], list[str]]]:
