@@ -5,6 +5,7 @@ import json
 import os
 import time
 from pathlib import Path
+from unittest import mock
 
 import nibabel as nib
 import numpy as np
@@ -204,6 +205,15 @@ def test_files_of_another_user_that_cannot_be_removed_do_not_multiply(tmp_path, 
     assert len(list(own.directory.iterdir())) == checked._MANY + 1
     assert len(names(tmp_path)) == checked._MANY + 3
     assert not caplog.records
+
+
+def test_the_index_of_a_user_is_in_an_absolute_folder_or_at_home(monkeypatch):
+    for cache, folder in (("/c", "/c"), ("c", "/h/.cache"), ("", "/h/.cache")):
+        monkeypatch.setenv("HOME", "/h")
+        monkeypatch.setenv("XDG_CACHE_HOME", cache)
+        assert CheckedFiles.of_user().directory == Path(folder, "umbrella-jax", "checked")
+    monkeypatch.setattr(Path, "home", mock.Mock(side_effect=RuntimeError))
+    assert CheckedFiles.of_user() is None
 
 
 def test_a_folder_that_cannot_be_written_is_one_warning(tmp_path, caplog):

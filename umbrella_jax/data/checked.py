@@ -117,8 +117,9 @@ class CheckedFiles:
     @classmethod
     def of_user(cls, folder: str = "checked") -> "CheckedFiles | None":
         """Return the index of this user; None if the user has no home."""
+        root = Path(os.environ.get("XDG_CACHE_HOME", ""))
         try:
-            root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+            root = root if root.is_absolute() else Path.home() / ".cache"  # as the XDG specification says
         except RuntimeError:
             return None
         return cls(root / "umbrella-jax", folder, private=True)
