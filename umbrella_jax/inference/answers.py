@@ -178,8 +178,8 @@ def generate_answers(
     constraints = constraints and constraints.repeated(owners)
     stop = np.array(processor.stop_ids, np.int32)
     batches = _plan(params, graphdef, dataset, mesh, batch_size, max_new_tokens, only)
-    features = {
-        name: jnp.zeros(kept.shape, kept.dtype, device=kept.sharding)
+    features = {  # NaN, so that a volume that was not encoded fails loudly
+        name: jnp.full(kept.shape, jnp.nan, kept.dtype, device=kept.sharding)
         for name, kept in _features(params, graphdef, batches, mesh).items()
     }
     shapes = set[tuple[int, int]]()
