@@ -11,7 +11,7 @@ import pytest
 from tests.helpers import small_run
 from tests.helpers.small_run import World, numbers, umbrella
 from umbrella_jax import cli
-from umbrella_jax.data.loader import Dataset
+from umbrella_jax.inference.processor import Processor
 from umbrella_jax.run import preparation, seeds
 from umbrella_jax.training import optimizer
 from umbrella_jax.training.step import jit_train_step
@@ -52,7 +52,8 @@ def test_seeds_share_data_and_programs(world: World, tmp_path: Path, monkeypatch
     for name in ("make_schedule", "make_optimizer"):  # without the suite's own sharing
         monkeypatch.setattr(preparation, name, getattr(optimizer, name))
     reads, compiled = list[Path](), list[int]()
-    monkeypatch.setattr(Dataset, "load", recorded(Dataset.load, lambda path, *_: reads.append(path)))
+    after = recorded(Processor.datasets, lambda _, data: reads.append(data.train))
+    monkeypatch.setattr(Processor, "datasets", after)
     after = recorded(seeds.train_sharing, lambda *_: compiled.append(jit_train_step()._cache_size()))
     monkeypatch.setattr(seeds, "train_sharing", after)
     umbrella(*world.train_flags(tmp_path / "runs", "--epochs", 1, "--seeds", "3,4"))

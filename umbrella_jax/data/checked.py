@@ -35,6 +35,7 @@ from typing import Any, cast
 from isal import igzip, igzip_lib
 
 from umbrella_jax.data.background import Background
+from umbrella_jax.io.files import strict_json
 
 _log = logging.getLogger(__name__)
 _SECONDS = 30.0
@@ -147,7 +148,7 @@ class CheckedFiles:
 
     def add(self, path: str, check: str, stat: str, fields: Mapping[str, Any]) -> None:
         """Remember a file; it is on disk after `write`, or half a minute later."""
-        line = json.dumps({"path": path, "check": check, "stat": stat, **fields})
+        line = strict_json({"path": path, "check": check, "stat": stat, **fields})
         with self._lock:
             self._new.append(line)
             if self._entries is not None:
@@ -258,7 +259,7 @@ def describe_stat(files: Iterable[tuple[Path, os.stat_result]]) -> tuple[str, fl
     # Without inodes: file systems in user space, such as gcsfuse, number files anew on each host.
     identity = [[_name(file), s.st_size, s.st_mtime_ns, s.st_ctime_ns] for file, s in files]
     changed = max(max(s.st_mtime, s.st_ctime) for _, s in files)
-    text = json.dumps(identity).encode("utf-8", "surrogateescape")
+    text = strict_json(identity).encode("utf-8", "surrogateescape")
     return hashlib.sha256(text).hexdigest()[:32], changed if time.time() - changed > SETTLED else math.inf
 
 
