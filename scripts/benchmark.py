@@ -47,6 +47,8 @@ from bench.study import study
 from bench.tpu import tpu
 from bench.validate import validate
 
+from umbrella_jax.tpu import describe_machine
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -81,6 +83,7 @@ def main() -> None:
     command.add_argument("--quick", action="store_true", help="only batches that are refused, which takes seconds")
     arguments = vars(parser.parse_args())
     work, chosen = arguments.pop("work"), arguments.pop("work_dir")
+    describe_machine()  # before a measurement or one of its processes loads libtpu
     with tempfile.TemporaryDirectory() as temporary:
         work_dir = chosen or Path(temporary)
         work_dir.mkdir(parents=True, exist_ok=True)

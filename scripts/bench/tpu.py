@@ -62,9 +62,6 @@ def compiled_cell(base: str, cell: str, quick: bool) -> list[Any]:
 
 def tpu(work_dir: Path, cells: str = "*", results: Path | None = None, quick: bool = False) -> None:
     """Compile the step at the largest batch that `plan` recommends and at one 15 % larger, per model and slice."""
-    from umbrella_jax import tpu as libtpu
-
-    libtpu.describe_machine()
     lines = results.read_text().splitlines() if results and results.exists() else []
     done = {json.loads(line)["cell"] for line in lines}
     for cell in CELLS:

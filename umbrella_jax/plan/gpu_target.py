@@ -66,7 +66,7 @@ def gpu_topology(devices: Devices) -> list[Any]:
     try:
         found = topologies.get_topology_desc(devices.kind.name, "cuda", topology=topology, target_config=described)
         importlib.import_module(f"{plugin}._versions").cudnn_get_version()  # which jax asks for while it traces
-    except NotImplementedError:  # jax checks CUDA's libraries, unless it is to use none
+    except NotImplementedError:  # from jax, if it looked for CUDA's libraries and did not load the compiler
         raise ConfigError(
             f"--devices {devices.name}: jax did not load its GPU compiler; export JAX_PLATFORMS=cpu"
         ) from None
