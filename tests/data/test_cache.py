@@ -670,7 +670,13 @@ def test_float16_without_a_cache_is_rejected():
 # Several processes, and crashes
 
 
-FILL = "import sys; from umbrella_jax.cli import main; sys.exit(main(sys.argv[1:]))"
+FILL = """
+import sys
+from umbrella_jax.cli import main
+from umbrella_jax.data import checked
+checked.SETTLED = -1.0  # the volumes were written just now, so a fast start would not remember them
+sys.exit(main(sys.argv[1:]))
+"""
 
 
 @pytest.fixture
