@@ -1,6 +1,7 @@
 """Read config.json of a LLaVA, and `umbrella_config.json` beside it, which describes the volumes.
 
-An absent field has transformers' default value. A value that this model does not support is rejected by name.
+An absent field has transformers' default value. A value that this model does not support is rejected by name; which
+these are, is said in `convert/architectures.py`.
 """
 
 import sys
@@ -9,6 +10,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, get_args
 
+from convert.architectures import DECODERS, LAYOUTS, TOWERS, Decoder, Layout, Only, VisionTower
 from convert.checksum import FILES, file_checksum, read_checksums
 from convert.foreign import check_placeholders, folder_contents
 from convert.trainable import open_trainable
@@ -18,7 +20,7 @@ from umbrella_jax.config.schema import ModalityConfig, PatchEmbedInit, RematPoli
 from umbrella_jax.errors import CheckpointError, ConfigError
 from umbrella_jax.io import reading
 from umbrella_jax.models.llava import LlavaConfig
-from umbrella_jax.models.qwen2 import Qwen2Config
+from umbrella_jax.models.qwen import QwenConfig
 from umbrella_jax.models.siglip import SiglipConfig
 
 CONFIG = "config.json"
@@ -26,26 +28,6 @@ UMBRELLA_CONFIG = "umbrella_config.json"
 RANDOM_WEIGHTS = "random_weights"
 """Key of config.json that is true in a toy model, whose weights are all random, such as the demo's base."""
 
-# (section, field, transformers' default, the only supported value, reason or remedy)
-_ONLY: tuple[tuple[str, str, Any, Any, str], ...] = (
-    ("", "model_type", None, "llava", "other LLaVAs (llava_onevision, llava_next) merge their images in another way"),
-    ("", "projector_hidden_act", "gelu", "gelu", "the projector's activation is the exact GELU"),
-    ("", "multimodal_projector_bias", True, True, "the projector has biases"),
-    ("", "vision_feature_select_strategy", "default", "full", "SigLIP has no CLS token that `default` could drop"),
-    ("", "vision_feature_layer", -2, -1, "features are the last layer's output"),
-    ("", "quantization_config", None, None, "quantised weights cannot be read; use the original ones"),
-    ("vision_config", "model_type", "clip_vision_model", "siglip_vision_model", "the tower is SigLIP's"),
-    ("vision_config", "hidden_act", "gelu_pytorch_tanh", "gelu_pytorch_tanh", "the tower's activation is tanh GELU"),
-    ("vision_config", "vision_use_head", True, False, "the pooling head is not supported, and LLaVA does not use it"),
-    ("text_config", "model_type", "llama", "qwen2", "the language model is Qwen2"),
-    ("text_config", "hidden_act", "silu", "silu", "the MLP's activation is SiLU"),
-    ("text_config", "use_sliding_window", False, False, "attention sees the whole text"),
-    ("text_config", "partial_rotary_factor", 1.0, 1.0, "rope turns all of a head"),
-    *(
-        (section, "quantization_config", None, None, "quantised weights cannot be read; use the original ones")
-        for section in ("vision_config", "text_config")
-    ),
-)
 LARGEST = 1 << 24
 """Limit of whole numbers in config.json: sixty times the vocabulary, three hundred times the width and more than the
 positions of the largest published models. Products of them fit into 64 bits."""
@@ -73,20 +55,59 @@ _CARRIED = (
 class _Section:
     """Reads numbers of one object in config.json; collects faults instead of raising them."""
 
-    def __init__(self, name: str, data: Any, faults: list[str]):
-        self.name, self.data, self.faults = name, data if isinstance(data, dict) else {}, faults
+    def __init__(self, name: str, data: dict[str, Any], defaults: Mapping[str, int | float], faults: list[str]):
+        self.name, self.data, self.defaults, self.faults = name, data, defaults, faults
 
-    def get(self, key: str, default: Any, kind: type[int] | type[float] = int) -> Any:
-        value = self.data[key] if self.data.get(key) is not None else default
+    def states(self, key: str) -> bool:
+        """Return whether the field has a value, here or by default."""
+        return bool(self.data.get(key)) or key in self.defaults
+
+    def get(self, key: str, kind: type[int] | type[float] = int, default: int | None = None) -> Any:
+        """Return a positive number; if the field is absent or null, `default` or the one of `defaults`."""
+        absent = self.defaults[key] if default is None else default
+        return self.checked(key, absent if self.data.get(key) is None else self.data[key], kind)
+
+    def checked(self, key: str, value: Any, kind: type[int] | type[float] = int) -> Any:
+        """Return a positive number of a field; after a fault 0, which passes all later checks."""
         accepted = (int, float) if kind is float else int
         if isinstance(value, bool) or not isinstance(value, accepted) or not 0 < value <= sys.float_info.max:
             self.faults.append(f"{self.name}{key}: expected a positive {kind.__name__}, got {value!r}")
-            return kind(0)  # 0 passes all later checks, so the fault is reported only once
+            return kind(0)
         most = MOST_LAYERS if key == "num_hidden_layers" else LARGEST
         if kind is int and value > most:
             self.faults.append(f"{self.name}{key}: {value}; expected at most {most}, more than any published model has")
             return 0
         return kind(value)
+
+
+def _described(
+    prefix: str, section: Mapping[str, Any], known: Mapping[str, Any], default: str | None, faults: list[str]
+) -> Any:
+    """Return the description of `known` that a section's `model_type` names, or after a fault the first.
+
+    Appends faults of the model type and of the fields that have one supported value.
+    """
+    kind = section.get("model_type", default)
+    if not isinstance(kind, str) or kind not in known:
+        faults.append(_unsupported(f"{prefix}model_type", kind, section, "expected " + " or ".join(map(repr, known))))
+    found = known.get(kind) if isinstance(kind, str) else None
+    found = next(iter(known.values())) if found is None else found
+    only: Only
+    for only in found.only:
+        value = section.get(only.key, only.default)
+        if value != only.value or isinstance(value, bool) != isinstance(only.value, bool):
+            faults.append(_unsupported(f"{prefix}{only.key}", value, section, f"expected {only.value!r}: {only.why}"))
+    return found
+
+
+def _unsupported(name: str, value: Any, section: Mapping[str, Any], remedy: str) -> str:
+    absent = "" if name.rpartition(".")[2] in section else ", which absence means,"
+    return f"{name}: {value!r}{absent} is not supported, {remedy}"
+
+
+def read_hub_config(directory: str | Path) -> dict[str, Any]:
+    """Read config.json. Raises CheckpointError if it cannot be read."""
+    return read_checkpoint_json(Path(directory) / CONFIG)
 
 
 def read_checkpoint_json(path: Path) -> dict[str, Any]:
@@ -121,11 +142,12 @@ def section_of(raw: Mapping[str, Any], name: str) -> dict[str, Any]:
     return raw[name] if isinstance(raw.get(name), dict) else {}
 
 
-def _rope_theta(text: Mapping[str, Any], faults: list[str]) -> float:
-    """Return rope_theta, by default 10000.
+def _rope_theta(section: _Section, faults: list[str]) -> float:
+    """Return rope_theta of a `text_config`.
 
     transformers 4 writes `rope_theta` and `rope_scaling`, transformers 5 only `rope_parameters`.
     """
+    text = section.data
     stated = [t for t in [text.get("rope_theta")] if t is not None]
     for name in ("rope_scaling", "rope_parameters"):
         rope = text.get(name) or {}
@@ -140,8 +162,7 @@ def _rope_theta(text: Mapping[str, Any], faults: list[str]) -> float:
         if theta is not None and stated and stated[0] != theta:
             faults.append(f"text_config.rope_theta: {stated[0]}, but {name} says {theta}; make them agree")
         stated += [theta] if theta is not None else []
-    section = _Section("text_config.", {"rope_theta": stated[0] if stated else None}, faults)
-    return section.get("rope_theta", 10000.0, float)
+    return float(section.checked("rope_theta", stated[0] if stated else section.defaults["rope_theta"], float))
 
 
 def _tied(raw: Mapping[str, Any]) -> bool:
@@ -154,7 +175,7 @@ def _tied(raw: Mapping[str, Any]) -> bool:
 
 def unused_dropout(directory: str | Path) -> list[str]:
     """Return a message for each dropout in config.json, which PyTorch applies in training and this package does not."""
-    raw = read_checkpoint_json(Path(directory) / CONFIG)
+    raw = read_hub_config(directory)
     sections = {"": raw, **{f"{name}.": section_of(raw, name) for name in ("vision_config", "text_config")}}
     return [
         f"{Path(directory) / CONFIG}: {prefix}{key}: {value} is not applied: there is no dropout in training here"
@@ -188,48 +209,49 @@ def read_config(
     check_placeholders(directory)
     if not (directory / CONFIG).exists() and (found := folder_contents(directory)):
         raise CheckpointError(f"{directory}: no {CONFIG}; found {found}")
-    raw = read_checkpoint_json(directory / CONFIG)
+    raw = read_hub_config(directory)
     check_code(directory)
     faults: list[str] = []
     sections = {"": raw, **{k: section_of(raw, k) for k in ("vision_config", "text_config")}}
-    for section, key, default, only, why in _ONLY:
-        value = sections[section].get(key, default)
-        if value != only or isinstance(value, bool) != isinstance(only, bool):
-            absent = "" if key in sections[section] else ", which absence means,"
-            name = f"{section}.{key}" if section else key
-            faults.append(f"{name}: {value!r}{absent} is not supported, expected {only!r}: {why}")
+    layout: Layout = _described("", raw, LAYOUTS, None, faults)
+    tower: VisionTower = _described("vision_config.", sections["vision_config"], TOWERS, layout.tower, faults)
+    decoder: Decoder = _described("text_config.", sections["text_config"], DECODERS, layout.decoder, faults)
     kinds = sections["text_config"].get("layer_types") or []
     if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
         faults.append("text_config.layer_types: only 'full_attention' is supported: attention sees the whole text")
 
-    v, t = (_Section(f"{k}.", sections[k], faults) for k in ("vision_config", "text_config"))
+    v = _Section("vision_config.", sections["vision_config"], tower.defaults, faults)
+    t = _Section("text_config.", sections["text_config"], decoder.defaults, faults)
     vision = SiglipConfig(
-        hidden_size=v.get("hidden_size", 768),
-        intermediate_size=v.get("intermediate_size", 3072),
-        num_hidden_layers=v.get("num_hidden_layers", 12),
-        num_attention_heads=v.get("num_attention_heads", 12),
-        layer_norm_eps=v.get("layer_norm_eps", 1e-6, float),
+        hidden_size=v.get("hidden_size"),
+        intermediate_size=v.get("intermediate_size"),
+        num_hidden_layers=v.get("num_hidden_layers"),
+        num_attention_heads=v.get("num_attention_heads"),
+        layer_norm_eps=v.get("layer_norm_eps", float),
     )
-    width, heads = t.get("hidden_size", 4096), t.get("num_attention_heads", 32)
-    # null means one per head; an absent field means the default of transformers' Qwen2Config
-    kv_heads = t.get("num_key_value_heads", max(heads, 1) if "num_key_value_heads" in t.data else 32)
-    text = Qwen2Config(
-        vocab_size=t.get("vocab_size", 151936),
+    width, heads = t.get("hidden_size"), t.get("num_attention_heads")
+    per_head = max(width // max(heads, 1), 1)
+    # null means one per head; an absent field means the default
+    kv_heads = t.get("num_key_value_heads", default=max(heads, 1) if "num_key_value_heads" in t.data else None)
+    text = QwenConfig(
+        vocab_size=t.get("vocab_size"),
         hidden_size=width,
-        intermediate_size=t.get("intermediate_size", 22016),
-        num_hidden_layers=t.get("num_hidden_layers", 32),
+        intermediate_size=t.get("intermediate_size"),
+        num_hidden_layers=t.get("num_hidden_layers"),
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
-        head_dim=t.get("head_dim", max(width // max(heads, 1), 1)),
-        rms_norm_eps=t.get("rms_norm_eps", 1e-6, float),
-        rope_theta=_rope_theta(t.data, faults),
-        max_position_embeddings=t.get("max_position_embeddings", 32768),
+        head_dim=t.get("head_dim", default=None if "head_dim" in decoder.defaults else per_head),
+        rms_norm_eps=t.get("rms_norm_eps", float),
+        rope_theta=_rope_theta(t, faults),
+        max_position_embeddings=t.get("max_position_embeddings"),
         tie_word_embeddings=_tied(raw),
+        qkv_bias=decoder.qkv_bias,
+        qk_norm=decoder.qk_norm,
     )
     for name, parts, of, whole in [
         ("vision_config.num_attention_heads", vision.num_attention_heads, "hidden_size", vision.hidden_size),
         ("text_config.num_key_value_heads", kv_heads, "num_attention_heads", heads),
-        *([] if t.data.get("head_dim") else [("text_config.num_attention_heads", heads, "hidden_size", width)]),
+        *([] if t.states("head_dim") else [("text_config.num_attention_heads", heads, "hidden_size", width)]),
     ]:
         if parts and whole % parts:
             faults.append(f"{name}: {parts} does not divide {of} {whole}")
@@ -243,7 +265,7 @@ def read_config(
     stated = {k: raw[k] for k in ("image_token_index", "image_token_id") if raw.get(k) is not None}
     odd = {k: v for k, v in stated.items() if isinstance(v, bool) or not isinstance(v, int)}
     faults += [f"{key}: expected a whole number, got {value!r}" for key, value in odd.items()]
-    tokens = {*({} if odd else stated).values()} or {32000}
+    tokens = {*({} if odd else stated).values()} or {layout.image_token}
     if not odd and (len(tokens) > 1 or not 0 <= min(tokens) < (text.vocab_size or 2**31)):
         faults.append(f"image_token_index: {sorted(tokens)}, expected one id below vocab_size {text.vocab_size}")
     if faults:
@@ -349,15 +371,22 @@ def _modalities(
     return given
 
 
+def read_titles(directory: str | Path) -> tuple[str, str]:
+    """Return the names of the tower and the language model of a config.json that `read_config` accepts."""
+    raw = read_hub_config(directory)
+    tower, decoder = (section_of(raw, f"{part}_config")["model_type"] for part in ("vision", "text"))
+    return TOWERS[tower].title, DECODERS[decoder].title
+
+
 def file_vocab_size(directory: str | Path) -> int:
     """Return the number of embeddings according to the checkpoint's config.json."""
-    raw = read_checkpoint_json(Path(directory) / CONFIG)
-    return int(section_of(raw, "text_config").get("vocab_size") or 151936)
+    text = section_of(read_hub_config(directory), "text_config")
+    return int(text.get("vocab_size") or DECODERS[text["model_type"]].defaults["vocab_size"])
 
 
 def is_tied(directory: str | Path) -> bool:
     """Return whether the head is tied to the embeddings according to the checkpoint's config.json."""
-    return _tied(read_checkpoint_json(Path(directory) / CONFIG))
+    return _tied(read_hub_config(directory))
 
 
 def small_files(source: Path) -> list[Path]:

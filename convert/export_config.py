@@ -15,6 +15,7 @@ from convert.config_json import (
     file_checksums,
     is_carried,
     read_checkpoint_json,
+    read_hub_config,
     section_of,
     small_files,
 )
@@ -172,7 +173,7 @@ def write_config(
         finish: called with `out_dir` to change small files before their checksums are recorded.
     """
     source, out = Path(source_dir), Path(out_dir)
-    raw = hf_dict(read_checkpoint_json(source / CONFIG), config)
+    raw = hf_dict(read_hub_config(source), config)
     if dtype is not None:
         raw = {k: v for k, v in raw.items() if k != "dtype"} | {"torch_dtype": dtype}  # transformers 5 reads either
     renamed = export_names(config.modalities, names)

@@ -55,8 +55,9 @@ _CARD = """---
 ---
 # {folder}: a vision-language model for brain MRI
 
-A LLaVA, SigLIP ({vision_layers} layers, {vision_width} wide), projector and Qwen2 ({text_layers} layers, {text_width}
-wide, {vocab} words), whose 2D patch embedding is replaced by one for volumes. Written by umbrella-jax {version}.
+A LLaVA, {tower} ({vision_layers} layers, {vision_width} wide), projector and {decoder} ({text_layers} layers,
+{text_width} wide, {vocab} words), whose 2D patch embedding is replaced by one for volumes. Written by umbrella-jax
+{version}.
 
 ## Intended use
 Research on vision-language models for brain MRI, by people who can check the answers: questions as in the training
@@ -138,6 +139,8 @@ def model_card(
     untrained: Collection[str] = (),
     records: Sequence[TrainingRecord] = (),
     license: Mapping[str, str] | None = None,
+    *,
+    titles: tuple[str, str],
 ) -> str:
     """Return the model card of an export, in Markdown.
 
@@ -150,6 +153,7 @@ def model_card(
         untrained: modalities whose patch embedding is untrained.
         records: the runs that made the weights, first to last.
         license: {`license`, `license_name`, `license_link`: value} of the base, as far as its model card states them.
+        titles: names of the tower and the language model.
     """
     columns = ("name", "voxels", "patch", "tokens", "orientation", "mode", "scaling", "background", "windows")
     rows = []
@@ -175,6 +179,8 @@ def model_card(
     return _CARD.format(
         front=_front_matter(folder, base, license or {}, metrics),
         text=text,
+        tower=titles[0],
+        decoder=titles[1],
         vision_layers=config.vision.num_hidden_layers,
         vision_width=config.vision.hidden_size,
         text_layers=config.text.num_hidden_layers,

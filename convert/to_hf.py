@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from convert.config_json import read_titles
 from convert.export_config import CARD, carried_files, export_names, write_config
 from convert.lazy_tensor import Tensor
 from convert.model_card import TrainingRecord, model_card
@@ -74,7 +75,18 @@ def export(
     with new_folder(out) as part:
         checksums = write_checkpoint(part, hub_tensors(params, config, renamed), max_shard_size)
         without_training = [renamed[m] for m in untrained or ()]
-        card = model_card(config, modalities, out.name, base, fingerprint, template, without_training, records, license)
+        card = model_card(
+            config,
+            modalities,
+            out.name,
+            base,
+            fingerprint,
+            template,
+            without_training,
+            records,
+            license,
+            titles=read_titles(source_dir),
+        )
         (part / CARD).write_text(card, encoding="utf-8")
         write_config(source_dir, part, config, names, dtype=dtype, checksums=checksums, finish=finish, **stated)
 

@@ -14,7 +14,7 @@ import torch
 import transformers
 from torch import nn
 
-from convert.config_json import CONFIG, read_checkpoint_json, read_config
+from convert.config_json import CONFIG, read_config, read_hub_config
 from convert.export_config import hf_dict
 from convert.from_hf import fingerprint, plan_loading
 from convert.hub import fetch
@@ -112,7 +112,7 @@ def load_umbrella(
         )
     if patch_embed is not None:
         fingerprint(directory, patch_embed)  # raises for another base
-    model = umbrella_model(hf_dict(read_checkpoint_json(directory / CONFIG), config), config, plan.params(name))
+    model = umbrella_model(hf_dict(read_hub_config(directory), config), config, plan.params(name))
     if (directory / "generation_config.json").exists():
         model.generation_config = transformers.GenerationConfig.from_pretrained(directory)
     return model

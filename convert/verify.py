@@ -14,7 +14,8 @@ import ml_dtypes
 import numpy as np
 from flax import nnx
 
-from convert.config_json import CONFIG, read_checkpoint_json
+from convert.architectures import DECODERS
+from convert.config_json import CONFIG, read_hub_config
 from convert.lazy_tensor import Tensor, host_memory, place
 from convert.to_hf import hub_tensors
 from umbrella_jax.batch import Batch
@@ -182,12 +183,19 @@ def compare_reading(description: Path, config: LlavaConfig, *, grown: bool) -> l
     import transformers
 
     try:
-        theirs = transformers.LlavaConfig.from_dict(read_checkpoint_json(description / CONFIG))
+        theirs = transformers.LlavaConfig.from_dict(read_hub_config(description))
         text, vision = theirs.text_config, theirs.vision_config
         rope = getattr(text, "rope_parameters", None) or {"rope_theta": getattr(text, "rope_theta", None)}
         tied = theirs.tie_word_embeddings if transformers.__version__ >= "5" else text.tie_word_embeddings
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        known = {"rope_theta": rope["rope_theta"], "tie_word_embeddings": bool(tied), "head_dim": head_dim}
+        described = DECODERS[text.model_type]  # says what is not a field of the config
+        known = {
+            "qkv_bias": described.qkv_bias,
+            "qk_norm": described.qk_norm,
+            "rope_theta": rope["rope_theta"],
+            "tie_word_embeddings": bool(tied),
+            "head_dim": head_dim,
+        }
         fields = [
             *((f"vision.{key}", value, getattr(vision, key)) for key, value in asdict(config.vision).items()),
             *((f"text.{k}", v, known[k] if k in known else getattr(text, k)) for k, v in asdict(config.text).items()),

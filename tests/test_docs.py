@@ -348,7 +348,7 @@ def test_files_that_an_addition_touches() -> None:
         "### A kind of task": r"\"regression\"",
         "### A table format": r"parquet",
         "### A language model": (
-            r"Qwen2|\"qwen2\"|language_model\.|\"language_model\"|LANGUAGE_MODEL|\.embed_tokens"
+            r"Qwen|\"qwen2\"|language_model\.|\"language_model\"|LANGUAGE_MODEL|\.embed_tokens"
             r"|text_config|\b(config|model)\.text\b"
         ),
     }.items():
@@ -359,7 +359,7 @@ def test_files_that_an_addition_touches() -> None:
             str(f.relative_to(ROOT)) for f in sources if re.search(there, f.read_text()) and "demo" not in f.parts
         }
         assert listed == naming, heading
-        for item in re.split(r"\n+(?=- )", section):
+        for item in re.split(r"\n+(?=- )|\n\n", section):
             files = re.findall(r"\(\.\./([\w./]+\.py)\)", item)
             for name in re.findall(r"`([A-Za-z_]\w*(?:\.\w+)?)`", item) if files else ():
                 for file in files:

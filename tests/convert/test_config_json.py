@@ -57,6 +57,8 @@ def test_version_4():
         "rope_theta": 1e6,
         "max_position_embeddings": 4096,
         "tie_word_embeddings": True,
+        "qkv_bias": True,
+        "qk_norm": False,
     }
     assert dataclasses.asdict(config.vision) == {
         "hidden_size": 40,
@@ -94,7 +96,7 @@ def test_absent_fields_have_the_defaults_of_transformers(tmp_path):
     theirs = LlavaConfig.from_dict(raw)
     for ours, section in ((config.text, theirs.text_config), (config.vision, theirs.vision_config)):
         for field in dataclasses.fields(ours):
-            if field.name not in ("rope_theta", "head_dim"):
+            if field.name not in ("rope_theta", "head_dim", "qkv_bias", "qk_norm"):
                 assert getattr(ours, field.name) == getattr(section, field.name), field.name
     assert config.text.rope_theta == theirs.text_config.rope_parameters["rope_theta"]
     assert config.text.head_dim == 128
@@ -307,7 +309,7 @@ def test_every_parameter_of_the_preprocessing_is_in_an_export(tmp_path):
     modalities = {"T1": t1, "rsfMRI": fmri, "other": default}
     umbrella(tmp_path, modalities)
     assert dict(read_config(tmp_path).modalities) == modalities
-    card = model_card(read_config(tmp_path), modalities, "folder")
+    card = model_card(read_config(tmp_path), modalities, "folder", titles=("SigLIP", "Qwen2"))
     for name, cells in (("T1", "as_stored | pad, 1.5 mm | minmax"), ("rsfMRI", "as_stored | pad | none")):
         assert f" {cells} | " in next(line for line in card.splitlines() if line.startswith(f"| {name} |"))
     assert " RAS | resize | znorm | " in next(line for line in card.splitlines() if line.startswith("| other |"))

@@ -42,7 +42,7 @@ def card(tmp_path_factory: pytest.TempPathFactory) -> Any:
     config = read_config(folder)
 
     def write(*records: TrainingRecord, **options: Any) -> str:
-        return model_card(config, MODALITIES, "sex-t1", records=records, **options)
+        return model_card(config, MODALITIES, "sex-t1", records=records, titles=("SigLIP", "Qwen2"), **options)
 
     return write
 

@@ -10,7 +10,7 @@ import optax
 from tests.helpers.training_case import CONFIG, Case, make_case, stack
 from umbrella_jax.batch import Batch
 from umbrella_jax.config.schema import ModalityConfig
-from umbrella_jax.models import LlavaConfig, Qwen2Config, SiglipConfig, abstract_params
+from umbrella_jax.models import LlavaConfig, QwenConfig, SiglipConfig, abstract_params
 
 B, T, K = 8, 29, 5
 E, F, D, G, V = 48, 56, 40, 88, 104
@@ -22,7 +22,7 @@ MODALITIES = {
 PATCHES = {name: modality.num_patches for name, modality in MODALITIES.items()}
 MODEL = LlavaConfig(
     vision=SiglipConfig(hidden_size=E, intermediate_size=F, num_hidden_layers=2, num_attention_heads=HEADS),
-    text=Qwen2Config(
+    text=QwenConfig(
         vocab_size=V,
         hidden_size=D,
         intermediate_size=G,

@@ -20,7 +20,7 @@ from tests.helpers.golden_case import MODALITIES, PATCHES, golden_batch, golden_
 from umbrella_jax.batch import Batch
 from umbrella_jax.config.schema import LoraConfig, ModalityConfig, RematPolicy, TrainConfig
 from umbrella_jax.inference import generate
-from umbrella_jax.models import LlavaConfig, Params, Qwen2Config, SiglipConfig, abstract_params
+from umbrella_jax.models import LlavaConfig, Params, QwenConfig, SiglipConfig, abstract_params
 from umbrella_jax.training.freeze import as_trainable, label_params, partition
 from umbrella_jax.training.optimizer import make_optimizer
 from umbrella_jax.training.step import TrainState, init_state, train_step
@@ -98,7 +98,7 @@ def golden_case() -> Case:
 
 SMALL_MODALITIES = {"T1": ModalityConfig(size=(7, 11, 5), patch=(3, 2, 5))}  # 10 patches of 30 voxels
 VISION = SiglipConfig(hidden_size=21, intermediate_size=37, num_hidden_layers=2, num_attention_heads=3)
-TEXT = Qwen2Config(
+TEXT = QwenConfig(
     vocab_size=53,
     hidden_size=28,
     intermediate_size=47,

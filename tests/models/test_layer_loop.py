@@ -19,7 +19,7 @@ from umbrella_jax.models import abstract_params, merge, quantize, unstack
 from umbrella_jax.models.attention import attention
 from umbrella_jax.models.layer_loop import PerLayer
 from umbrella_jax.models.layers import run_layers
-from umbrella_jax.models.qwen2 import Qwen2Model
+from umbrella_jax.models.qwen import QwenModel
 from umbrella_jax.models.siglip import SiglipConfig, SiglipEncoder
 from umbrella_jax.sharding import make_mesh, put_batch, shardings
 from umbrella_jax.training.step import train_step
@@ -120,14 +120,14 @@ def test_a_cache_is_that_of_scanned_layers():
         results = []
         for loop, params in zip(("scanned", "unrolled"), stacks, strict=True):
             graphdef = nnx.split(
-                nnx.eval_shape(lambda loop=loop: Qwen2Model(config, "none", "xla", loop, rngs=nnx.Rngs(0)))
+                nnx.eval_shape(lambda loop=loop: QwenModel(config, "none", "xla", loop, rngs=nnx.Rngs(0)))
             )[0]
             decoder = nnx.merge(graphdef, unflatten_dict(params, sep="."))
             hidden, cache = decoder.prefill(x, positions, lengths)
             results.append((hidden, cache, decoder.extend(hidden[:, :1], lengths[:, None], cache)))
         return results
 
-    model = Qwen2Model(config, "none", "xla", "scanned", rngs=nnx.Rngs(0))
+    model = QwenModel(config, "none", "xla", "scanned", rngs=nnx.Rngs(0))
     params = flatten_dict(nnx.to_pure_dict(nnx.state(model)), sep=".")
     per_layer = {
         path.removeprefix("model."): leaf

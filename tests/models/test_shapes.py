@@ -16,12 +16,12 @@ from jaxtyping import TypeCheckError
 from umbrella_jax.batch import Batch
 from umbrella_jax.config.schema import ModalityConfig
 from umbrella_jax.inference.generate import GREEDY, choose
-from umbrella_jax.models import Llava, LlavaConfig, Qwen2Config, SiglipConfig, abstract_params, merge, split
+from umbrella_jax.models import Llava, LlavaConfig, QwenConfig, SiglipConfig, abstract_params, merge, split
 from umbrella_jax.models.attention import attention
 from umbrella_jax.models.layers import Embedding, LayerNorm, Linear, RMSNorm
 from umbrella_jax.models.patch_embed import PatchEmbed, cut_for_tpu, patchify
 from umbrella_jax.models.projector import LlavaMultiModalProjector
-from umbrella_jax.models.qwen2 import Qwen2Attention, Qwen2DecoderLayer, Qwen2MLP, rope_tables, rotate
+from umbrella_jax.models.qwen import QwenAttention, QwenDecoderLayer, QwenMLP, rope_tables, rotate
 from umbrella_jax.models.siglip import SiglipAttention, SiglipEncoderLayer, SiglipMLP, SiglipVisionModel
 from umbrella_jax.training.freeze import as_trainable
 
@@ -34,7 +34,7 @@ MODALITIES = {
 
 
 def text_config(num_hidden_layers=2, tie=True):
-    return Qwen2Config(
+    return QwenConfig(
         vocab_size=53,
         hidden_size=30,
         intermediate_size=47,
@@ -89,7 +89,7 @@ CASES = {  # constructor, input shapes, output shape, further arguments
     "siglip_mlp": (lambda r: SiglipMLP(VISION, rngs=r), [(2, 13, 21)], (2, 13, 21)),
     "siglip_layer": (lambda r: SiglipEncoderLayer(VISION, rngs=r), [(2, 13, 21)], (2, 13, 21), ATTEND),
     "projector": (lambda r: LlavaMultiModalProjector(21, 30, rngs=r), [(4, 21)], (4, 30)),
-    "qwen_mlp": (lambda r: Qwen2MLP(text_config(), rngs=r), [(2, 7, 30)], (2, 7, 30)),
+    "qwen_mlp": (lambda r: QwenMLP(text_config(), rngs=r), [(2, 7, 30)], (2, 7, 30)),
 }
 
 
@@ -112,7 +112,7 @@ def test_qwen_layers(variant):
     cos, sin = rope_tables(jnp.tile(jnp.arange(7), (2, 1)), 10, 1e6)
     chex.assert_shape([cos, sin], (2, 7, 1, 5))
     kv = (2, 7, 2, 10)
-    for make, shapes in ((Qwen2Attention, ((2, 7, 30), kv, kv)), (Qwen2DecoderLayer, (2, 7, 30))):
+    for make, shapes in ((QwenAttention, ((2, 7, 30), kv, kv)), (QwenDecoderLayer, (2, 7, 30))):
         graphdef, state = nnx.split(make(text_config(), rngs=nnx.Rngs(0)))
         out = variant(lambda s, g=graphdef: nnx.merge(g, s)(x, cos, sin, ATTEND))(state)
         chex.assert_shape(out, shapes)

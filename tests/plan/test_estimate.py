@@ -32,7 +32,7 @@ from umbrella_jax.config.schema import (
     TrainConfig,
 )
 from umbrella_jax.errors import ConfigError
-from umbrella_jax.models import LlavaConfig, Qwen2Config, SiglipConfig
+from umbrella_jax.models import LlavaConfig, QwenConfig, SiglipConfig
 from umbrella_jax.plan import HardwarePlan, parse_devices, plan_hardware
 from umbrella_jax.plan import devices as devices_module
 from umbrella_jax.plan.devices import DEVICE_KINDS, PEAK_EFFICIENCY, PLAN_ERROR
@@ -58,7 +58,7 @@ def tiny(*groups: str, tied: bool = True, dtype: str = "float32", lora: LoraConf
     """Counts of the tiny model that trains `groups`."""
     model = LlavaConfig(
         vision=SiglipConfig(hidden_size=E, intermediate_size=F, num_hidden_layers=LV, num_attention_heads=HV),
-        text=Qwen2Config(
+        text=QwenConfig(
             vocab_size=V,
             hidden_size=D,
             intermediate_size=G,

@@ -6,7 +6,7 @@ import pytest
 
 from umbrella_jax.config.schema import GroupConfig, ModalityConfig, TrainConfig
 from umbrella_jax.errors import ConfigError, RunError
-from umbrella_jax.models import LlavaConfig, Qwen2Config, SiglipConfig, abstract_params
+from umbrella_jax.models import LlavaConfig, QwenConfig, SiglipConfig, abstract_params
 from umbrella_jax.models.paths import FROZEN, modality_of
 from umbrella_jax.training.freeze import as_trainable, check_state, label_params, partition
 from umbrella_jax.training.optimizer import make_optimizer, make_schedule
@@ -20,7 +20,7 @@ NAMES = ("T1", "T1_w", "rsfMRI", "proj", "my_proj_map", "positional_embeddings")
 @pytest.fixture(scope="module")
 def shapes():
     volume = ModalityConfig(size=(4, 4, 4), patch=(2, 2, 2))
-    text = Qwen2Config(
+    text = QwenConfig(
         vocab_size=23,
         hidden_size=12,
         intermediate_size=14,

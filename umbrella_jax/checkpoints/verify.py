@@ -4,8 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from convert.config_json import CONFIG as HF_CONFIG
-from convert.config_json import UMBRELLA_CONFIG, read_checkpoint_json
+from convert.config_json import UMBRELLA_CONFIG, read_hub_config
 from convert.export_config import hf_dict
 from convert.hub import fetch
 from convert.verify import (
@@ -80,7 +79,7 @@ def verify(
     shapes_differ = any("→ [" in t.types for t in tensors)
     if forward and not configuration and not shapes_differ:
         try:
-            raw = read_checkpoint_json(sources[0].description / HF_CONFIG)
+            raw = read_hub_config(sources[0].description)
             if sources[0].notes:
                 raw = hf_dict(raw, model_a.config)
             logits = compare_forward(raw, tensors_a, config_a, tensors_b, config_b)

@@ -16,7 +16,7 @@ import optax
 
 from umbrella_jax.batch import Batch
 from umbrella_jax.config.schema import ModalityConfig, TrainConfig
-from umbrella_jax.models import LlavaConfig, Qwen2Config, SiglipConfig, abstract_params, native_backend
+from umbrella_jax.models import LlavaConfig, QwenConfig, SiglipConfig, abstract_params, native_backend
 from umbrella_jax.training.freeze import as_trainable, label_params, partition
 from umbrella_jax.training.optimizer import make_optimizer
 from umbrella_jax.training.step import init_state, jit_train_step
@@ -34,7 +34,7 @@ square); the tolerance is five to seven times that. NVIDIA GPUs round to TF32, w
 than bfloat16, so errors there are about an eighth. No tolerance was measured on a GPU or TPU yet."""
 
 VISION = SiglipConfig(hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=3)
-TEXT = Qwen2Config(
+TEXT = QwenConfig(
     vocab_size=56,
     hidden_size=32,
     intermediate_size=48,

@@ -25,7 +25,7 @@ from umbrella_jax.data.answer_trees import answer_trees
 from umbrella_jax.errors import ConfigError
 from umbrella_jax.models import KVCache, Llava, Params, merge, split
 from umbrella_jax.models.parallel import ROWS, local
-from umbrella_jax.models.qwen2 import visible_nodes
+from umbrella_jax.models.qwen import visible_nodes
 from umbrella_jax.scoring.numeric import NumberDistributions
 from umbrella_jax.training.diagnose import nonfinite_error
 

@@ -4,7 +4,7 @@ from umbrella_jax.models.attention import native_backend
 from umbrella_jax.models.layer_loop import unstack
 from umbrella_jax.models.llava import Llava, LlavaConfig, Params, abstract_params, merge, split
 from umbrella_jax.models.quantize import quantize
-from umbrella_jax.models.qwen2 import KVCache, Qwen2Config
+from umbrella_jax.models.qwen import KVCache, QwenConfig
 from umbrella_jax.models.siglip import SiglipConfig
 
 __all__ = [
@@ -12,7 +12,7 @@ __all__ = [
     "Llava",
     "LlavaConfig",
     "Params",
-    "Qwen2Config",
+    "QwenConfig",
     "SiglipConfig",
     "abstract_params",
     "merge",

@@ -32,7 +32,7 @@ from umbrella_jax.models.layers import Linear
 from umbrella_jax.models.lora import attach
 from umbrella_jax.models.parallel import ROWS, local, split_rows, ways
 from umbrella_jax.models.projector import LlavaMultiModalProjector
-from umbrella_jax.models.qwen2 import Qwen2Config, Qwen2ForCausalLM
+from umbrella_jax.models.qwen import QwenConfig, QwenForCausalLM
 from umbrella_jax.models.siglip import SiglipConfig, SiglipVisionModel
 
 Params = dict[str, Array]
@@ -44,7 +44,7 @@ class LlavaConfig:
     """Sizes from config.json and the patch embedding's JSON, and the options of the computation."""
 
     vision: SiglipConfig
-    text: Qwen2Config
+    text: QwenConfig
     modalities: Mapping[str, ModalityConfig]
     image_token_id: int
     compute_dtype: str = "float32"
@@ -99,7 +99,7 @@ class Llava(nnx.Module):
         self.multi_modal_projector = LlavaMultiModalProjector(
             config.vision.hidden_size, config.text.hidden_size, rngs=rngs
         )
-        self.language_model = Qwen2ForCausalLM(config.text, config.remat, config.attention, config.layers, rngs=rngs)
+        self.language_model = QwenForCausalLM(config.text, config.remat, config.attention, config.layers, rngs=rngs)
         if config.lora is not None:
             attach(self, config.lora)
         if config.product_dtype is not None:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from umbrella_jax.config.schema import RunConfig, resolve_modality, unknown_modality
 from umbrella_jax.errors import ConfigError
-from umbrella_jax.models import LlavaConfig, Qwen2Config, SiglipConfig, abstract_params
+from umbrella_jax.models import LlavaConfig, QwenConfig, SiglipConfig, abstract_params
 from umbrella_jax.models.quantize import quantizable
 from umbrella_jax.sharding import MeshShape, spec_of
 from umbrella_jax.training import freeze
@@ -440,7 +440,7 @@ def count_model(config: RunConfig, model: LlavaConfig, work: Workload, frozen_dt
     vision, text = model.vision, model.text
 
     def stack(
-        component: str, tower: SiglipConfig | Qwen2Config, rows: int, kv_heads: int, head_dim: int, gated: bool
+        component: str, tower: SiglipConfig | QwenConfig, rows: int, kv_heads: int, head_dim: int, gated: bool
     ) -> Stack:
         return Stack(
             component=component,

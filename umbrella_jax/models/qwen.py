@@ -1,4 +1,4 @@
-"""Qwen2 (Yang et al. 2024; Qwen1.5 is the same network) under Hugging Face's names.
+"""The decoder of Qwen1.5, Qwen2 and Qwen2.5 (Yang et al. 2024) and of Qwen3 (Yang et al. 2025), with HF's names.
 
 Axes: B conversations, T positions, D width, F width of the MLP, H heads, K kv heads, Dh head width, R half of Dh,
 V words.
@@ -25,7 +25,7 @@ from umbrella_jax.models.parallel import split_heads, split_rows
 
 
 @dataclass(frozen=True, kw_only=True)
-class Qwen2Config:
+class QwenConfig:
     """Sizes of the language model, named as in `text_config`."""
 
     vocab_size: int
@@ -39,6 +39,10 @@ class Qwen2Config:
     rope_theta: float
     max_position_embeddings: int
     tie_word_embeddings: bool
+    qkv_bias: bool = True
+    """Whether the projections to queries, keys and values have biases; Qwen3's have none."""
+    qk_norm: bool = False
+    """Whether the queries and keys of each head are normalised before they are rotated, as in Qwen3."""
 
 
 @no_type_check  # jax also builds it with shapes, shardings or None as fields
@@ -86,15 +90,18 @@ def rotate(
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1).astype(x.dtype)
 
 
-class Qwen2Attention(nnx.Module):
-    """Grouped-query attention with rotary positions; only q, k and v have biases."""
+class QwenAttention(nnx.Module):
+    """Grouped-query attention with rotary positions; `o_proj` has no bias."""
 
-    def __init__(self, config: Qwen2Config, *, rngs: nnx.Rngs):
+    def __init__(self, config: QwenConfig, *, rngs: nnx.Rngs):
         self.head_dim = config.head_dim
         q, kv = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
-        self.q_proj = Linear(config.hidden_size, q, rngs=rngs)
-        self.k_proj = Linear(config.hidden_size, kv, rngs=rngs)
-        self.v_proj = Linear(config.hidden_size, kv, rngs=rngs)
+        self.q_proj = Linear(config.hidden_size, q, bias=config.qkv_bias, rngs=rngs)
+        self.k_proj = Linear(config.hidden_size, kv, bias=config.qkv_bias, rngs=rngs)
+        self.v_proj = Linear(config.hidden_size, kv, bias=config.qkv_bias, rngs=rngs)
+        self.q_norm, self.k_norm = (
+            RMSNorm(config.head_dim, eps=config.rms_norm_eps) if config.qk_norm else None for _ in range(2)
+        )
         self.o_proj = Linear(q, config.hidden_size, bias=False, rngs=rngs)
 
     def __call__(
@@ -110,14 +117,16 @@ class Qwen2Attention(nnx.Module):
         """
         projected = (proj(x) for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k, v = (split_heads(y.reshape(*x.shape[:2], -1, self.head_dim)) for y in projected)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         return self.o_proj(attend(q, k, v).reshape(*x.shape[:2], -1)), k, v
 
 
-class Qwen2MLP(nnx.Module):
+class QwenMLP(nnx.Module):
     """SwiGLU: down(silu(gate(x)) · up(x))."""
 
-    def __init__(self, config: Qwen2Config, *, rngs: nnx.Rngs):
+    def __init__(self, config: QwenConfig, *, rngs: nnx.Rngs):
         self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False, rngs=rngs)
         self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False, rngs=rngs)
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False, rngs=rngs)
@@ -127,14 +136,14 @@ class Qwen2MLP(nnx.Module):
         return self.down_proj(jax.nn.silu(gate) * up)
 
 
-class Qwen2DecoderLayer(nnx.Module):
+class QwenDecoderLayer(nnx.Module):
     """Pre-norm block of attention and MLP."""
 
-    def __init__(self, config: Qwen2Config, *, rngs: nnx.Rngs):
+    def __init__(self, config: QwenConfig, *, rngs: nnx.Rngs):
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.self_attn = Qwen2Attention(config, rngs=rngs)
+        self.self_attn = QwenAttention(config, rngs=rngs)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mlp = Qwen2MLP(config, rngs=rngs)
+        self.mlp = QwenMLP(config, rngs=rngs)
 
     def __call__(
         self,
@@ -158,12 +167,12 @@ class Qwen2DecoderLayer(nnx.Module):
         return x + self.mlp(self.post_attention_layernorm(x)), k, v
 
 
-class Qwen2Model(nnx.Module):
+class QwenModel(nnx.Module):
     """Embeddings → last hidden states, after the final norm."""
 
     def __init__(
         self,
-        config: Qwen2Config,
+        config: QwenConfig,
         remat: RematPolicy,
         backend: AttentionBackend,
         loop: LayerLoop,
@@ -172,7 +181,7 @@ class Qwen2Model(nnx.Module):
     ):
         self.config, self.remat, self.backend, self.loop = config, remat, backend, loop
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, rngs=rngs)
-        self.layers = stack_layers(lambda rngs: Qwen2DecoderLayer(config, rngs=rngs), config.num_hidden_layers, rngs)
+        self.layers = stack_layers(lambda rngs: QwenDecoderLayer(config, rngs=rngs), config.num_hidden_layers, rngs)
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def __call__(
@@ -205,7 +214,7 @@ class Qwen2Model(nnx.Module):
         used = jnp.arange(x.shape[1])[None] < prompt_lengths[:, None]
         sees = visible_nodes(tree)[:, 1:, 1:]
 
-        def call(layer: Qwen2DecoderLayer, both: tuple[Array, Array]) -> tuple[Array, Array]:
+        def call(layer: QwenDecoderLayer, both: tuple[Array, Array]) -> tuple[Array, Array]:
             x, k, v = layer.with_keys_and_values(both[0], *tables, attend)
             past = {"past_k": k.transpose(0, 2, 1, 3), "past_v": v.transpose(0, 2, 1, 3)}
             return x, layer(both[1], *node_tables, partial(extension_attention, used=used, sees=sees, **past))
@@ -266,19 +275,19 @@ class Qwen2Model(nnx.Module):
         return self.norm(x), k, v
 
 
-class Qwen2ForCausalLM(nnx.Module):
+class QwenForCausalLM(nnx.Module):
     """The decoder, and the head that maps hidden states to words: tied to the embeddings, or separate."""
 
     def __init__(
         self,
-        config: Qwen2Config,
+        config: QwenConfig,
         remat: RematPolicy,
         backend: AttentionBackend,
         loop: LayerLoop,
         *,
         rngs: nnx.Rngs,
     ):
-        self.model = Qwen2Model(config, remat, backend, loop, rngs=rngs)
+        self.model = QwenModel(config, remat, backend, loop, rngs=rngs)
         tied = config.tie_word_embeddings
         self.lm_head = None if tied else Linear(config.hidden_size, config.vocab_size, bias=False, rngs=rngs)
 
