@@ -169,6 +169,7 @@ def _first_batch(cohort: Path, base: Path, resumed: bool) -> int:
     Args:
         resumed: begin in the middle of the second epoch.
     """
+    from umbrella_jax.cli import collect_rarely
     from umbrella_jax.config.load import load_config
     from umbrella_jax.config.schema import DataConfig, ModalityConfig
     from umbrella_jax.data.inputs import read_inputs
@@ -176,6 +177,7 @@ def _first_batch(cohort: Path, base: Path, resumed: bool) -> int:
     from umbrella_jax.data.tokenize import load_tokenizer
     from umbrella_jax.inference.processor import Processor
 
+    collect_rarely()  # as every command does
     template = load_config(CONFIGS / "tiny.yaml").data.template
     tokenizer, _ = load_tokenizer(base, None)
     modalities = {"T1": ModalityConfig(size=(8, 8, 8), patch=(4, 4, 4))}

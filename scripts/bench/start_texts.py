@@ -2,6 +2,7 @@
 
 import json
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -15,47 +16,58 @@ def start_texts(work_dir: Path) -> None:
 
     make_base(work_dir / "demo_base")
     for number, distinct in ((120_000, False), (1_000_000, False), (1_000_000, True)):
-        result = measure(read_and_plan, work_dir, number, distinct)
-        names = ("read", "encode", "digest", "plan", "epoch")
-        more = {name: round(seconds, 1) for name, seconds in zip(names, result["value"], strict=True)}
-        more |= {"processor": round(sum(result["value"]), 1), "peak_gb": round(result["peak"], 2)}
-        figure("start_texts_seconds", result["seconds"], "s", conversations=number, distinct=distinct, **more)
+        file = work_dir / f"texts_{number}_{distinct}.jsonl"
+        if not file.exists():
+            write_texts(file, number, distinct)
+        result = measure(read_and_plan, file, work_dir / "demo_base")
+        *steps, (epoch, _) = result["value"]
+        names = ("read", "encode", "digest", "plan")
+        more = {name: round(seconds, 1) for name, (seconds, _) in zip(names, steps, strict=True)}
+        more |= {"processor": round(sum(busy for _, busy in steps), 1), "next_epoch": round(epoch, 1)}
+        more["peak_gb"] = round(result["peak"], 2)
+        seconds = sum(seconds for seconds, _ in steps)
+        figure("start_texts_seconds", seconds, "s", conversations=number, distinct=distinct, **more)
     for pool in (40_000, 2_000):
         result = measure(plan_shared, 50_000, 20, pool)
         seconds, processor = result["value"]
         figure("start_epoch_seconds", seconds, "s", volumes_each=20, of=pool, processor=round(processor, 1))
 
 
-def read_and_plan(work_dir: Path, number: int, distinct: bool) -> list[float]:
-    """Read, encode, digest and plan conversations of `write_texts`; return the processor seconds of each step."""
+def read_and_plan(file: Path, base: Path) -> list[tuple[float, float]]:
+    """Read, encode, digest and plan conversations of a file, and plan another epoch.
+
+    Returns the seconds and the processor seconds of each step.
+    """
     import hashlib
 
+    from umbrella_jax.cli import collect_rarely
     from umbrella_jax.config.schema import ModalityConfig
     from umbrella_jax.data.cache import Sources
     from umbrella_jax.data.conversation import read_conversations
     from umbrella_jax.data.loader import Dataset, make_epoch_plan
     from umbrella_jax.data.tokenize import encode_all, load_tokenizer
 
-    file = work_dir / f"texts_{number}_{distinct}.jsonl"
-    if not file.exists():
-        write_texts(file, number, distinct)
+    def now() -> tuple[float, float]:
+        return time.perf_counter(), time.process_time()
+
+    collect_rarely()  # as every command does
     modalities = {"T1": ModalityConfig(size=(90, 90, 90), patch=(10, 10, 10))}
-    tokenizer, _ = load_tokenizer(work_dir / "demo_base", None)
-    times = [time.process_time()]
+    tokenizer, _ = load_tokenizer(base, None)
+    times = [now()]
     conversations = read_conversations(file, modalities)
-    times.append(time.process_time())
+    times.append(now())
     rows = encode_all(conversations, tokenizer, modalities, 8192)
-    times.append(time.process_time())
+    times.append(now())
     tokens = hashlib.sha256()
     for ids, supervised in rows.tokens():
         tokens.update(ids.tobytes() + supervised.tobytes())
-    times.append(time.process_time())
+    times.append(now())
     dataset = Dataset(conversations, rows, (), dict.fromkeys(conversations.images, 1), modalities, Sources())
     plan = make_epoch_plan(dataset, batch_size=8, accumulate_steps=1, seed=0)
-    times.append(time.process_time())
+    times.append(now())
     plan.epoch(1)
-    times.append(time.process_time())
-    return np.diff(times).tolist()
+    times.append(now())
+    return [(end[0] - begin[0], end[1] - begin[1]) for begin, end in pairwise(times)]
 
 
 def write_texts(file: Path, number: int, distinct: bool) -> None:

@@ -5,6 +5,7 @@ and completion fast.
 """
 
 import argparse
+import gc
 import io
 import logging
 import shlex
@@ -62,6 +63,14 @@ class _Escaping:
         return getattr(self._stream, name)
 
 
+def collect_rarely() -> None:
+    """Make Python look for cycles of garbage less often.
+
+    A start makes millions of objects and no garbage; to look through them again and again takes a tenth of its time.
+    """
+    gc.set_threshold(50_000, 20, 20)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0 for success, 2 for faulty input, 1 for any other failure (and for
     problems that `validate` and `verify` find), 128 + N if signal N ended it."""
@@ -74,6 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown:
         refuse(unknown)
     tpu.describe_machine()
+    collect_rarely()
     # orbax prints tracebacks of errors that it also raises
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     out, err = _Escaping(sys.stdout), _Escaping(sys.stderr, kept="\n\t\r")  # progress rewrites its line

@@ -171,7 +171,7 @@ class Sources:
             with raise_together() if share else nullcontext():
                 if self._known is not None:
                     self._known.read({self.name(*place) for place in todo})
-                found = list(map_in_threads(lambda place: self._look_up(*place), todo, threads))
+                found = self._look_up_all(todo, threads)
             stats = [source.stat if source else "" for source, _ in found]
             files = [f"{self.name(*place)[1]} {stat}" for place, stat in zip(todo, stats, strict=True)]
             known = [established is not None for _, established in found]
@@ -204,6 +204,10 @@ class Sources:
         except DataError:  # the check reports it
             return None, None
         return source, self._find(path, config, source)
+
+    def _look_up_all(self, places: Sequence[_Place], threads: int) -> list[tuple[_Source | None, Established | None]]:
+        """Return what `_look_up` returns for each place."""
+        return list(map_in_threads(lambda place: self._look_up(*place), places, threads, chunk=64))
 
     def _read_all(
         self, places: Sequence[tuple[int, Path, ModalityConfig, _Source | None]], threads: int
@@ -444,7 +448,7 @@ class VolumeCache(Sources):
         places = [(image.path, modalities[image.modality]) for image in images]
         assert self._known is not None
         self._known.read({self.name(*place) for place in places})
-        return [known is None for _, known in map_in_threads(lambda place: self._look_up(*place), places, threads)]
+        return [known is None for _, known in self._look_up_all(places, threads)]
 
     def load(self, path: str | Path, config: ModalityConfig, window: int = 0) -> np.ndarray:
         """Do what `load_volume` does, from the cache if possible. Return float32, C-contiguous.
