@@ -245,6 +245,10 @@ def test_few_calls_are_under_way_at_a_time():
     assert len(started) <= 2 * AHEAD + 3
 
 
+def test_threads_that_take_several_items_at_a_time_return_them_in_order():
+    assert list(map_in_threads(str, range(10), 2, chunk=4)) == [str(i) for i in range(10)]
+
+
 @pytest.mark.parametrize("copies", [False, True])
 def test_each_file_is_checked_by_one_process_unless_hosts_have_copies(monkeypatch, copies):
     """Process 1 of three; of ten files, process 0 knows the first two, process 1 the second and third."""
