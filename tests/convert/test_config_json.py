@@ -73,12 +73,12 @@ def test_version_4():
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_version_5(tmp_path, tied):
-    make_model(tied=tied, kv_heads=3).config.save_pretrained(tmp_path)
+    make_model(tied=tied).config.save_pretrained(tmp_path)
     raw = json.loads((tmp_path / "config.json").read_text())
     assert "rope_theta" not in raw["text_config"]  # it is in rope_parameters
     config = read_config(tmp_path, MODALITIES)
     assert (config.text.rope_theta, config.text.tie_word_embeddings) == (1e6, tied)
-    assert (config.text.num_key_value_heads, config.image_token_id) == (3, 320)
+    assert (config.text.num_key_value_heads, config.image_token_id) == (2, 320)
 
 
 def test_absent_fields_have_the_defaults_of_transformers(tmp_path):

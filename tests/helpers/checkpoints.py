@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import LlavaConfig, LlavaForConditionalGeneration, Qwen2Config, SiglipVisionConfig
+from transformers import (
+    AutoModelForImageTextToText,
+    LlavaConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    SiglipVisionConfig,
+)
 
 from convert.torch_model import TorchPatchEmbed
 from umbrella_jax.config.schema import ModalityConfig
@@ -50,35 +56,52 @@ def under_transformers_4_46(*words: object) -> None:
     assert run.returncode == 0, run.stdout + run.stderr
 
 
-def make_model(*, tied: bool = True, kv_heads: int = 2, dtype: str = "float32", seed: int = 0) -> Any:
-    """Return a stock LLaVA: vision 36 wide (3 heads, 2 layers), text 48 wide (6 heads, 3 layers), 331 words."""
-    config = LlavaConfig(
-        vision_config=SiglipVisionConfig(
-            hidden_size=36,
-            intermediate_size=52,
-            num_hidden_layers=2,
-            num_attention_heads=3,
-            image_size=28,
-            patch_size=7,
-            vision_use_head=False,
-        ),
-        text_config=Qwen2Config(
-            vocab_size=331,
-            hidden_size=48,
-            intermediate_size=104,
-            num_hidden_layers=3,
-            num_attention_heads=6,
-            num_key_value_heads=kv_heads,
-            rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-            max_position_embeddings=4096,
-            tie_word_embeddings=tied,
-        ),
-        image_token_index=IMAGE_ID,
-        tie_word_embeddings=tied,
-        vision_feature_layer=-1,
-        vision_feature_select_strategy="full",
-    )
-    model = LlavaForConditionalGeneration(config)
+def siglip(**fields: Any) -> SiglipVisionConfig:
+    """Return a SigLIP 36 wide (3 heads, 2 layers), with `fields` changed."""
+    sizes = {"hidden_size": 36, "intermediate_size": 52, "num_hidden_layers": 2, "num_attention_heads": 3}
+    return SiglipVisionConfig(**sizes | {"image_size": 28, "patch_size": 7, "vision_use_head": False} | fields)
+
+
+TEXT = {
+    "vocab_size": 331,
+    "hidden_size": 48,
+    "intermediate_size": 104,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": True,
+}
+"""Fields of a language model 48 wide (6 heads, 3 layers), with 331 words."""
+
+
+def llava(text: PreTrainedConfig, vision: PreTrainedConfig | None = None, **fields: Any) -> LlavaConfig:
+    """Return a LLaVA of a language model and a tower, by default SigLIP."""
+    own = {"image_token_index": IMAGE_ID, "vision_feature_layer": -1, "vision_feature_select_strategy": "full"}
+    tied = text.tie_word_embeddings
+    return LlavaConfig(vision_config=vision or siglip(), text_config=text, tie_word_embeddings=tied, **own | fields)
+
+
+BASES: Mapping[str, Callable[[], PreTrainedConfig]] = {
+    "qwen2": lambda: llava(Qwen2Config(**TEXT)),
+    "qwen2-untied": lambda: llava(Qwen2Config(**TEXT | {"num_key_value_heads": 6, "tie_word_embeddings": False})),
+}
+"""{name: makes transformers' own config of a base}: layouts, towers and language models that are supported.
+
+Over all of them run tests/models/test_live.py and the round trips of tests/convert/test_round_trip.py.
+"""
+QUICK_BASES = ("qwen2",)
+"""Bases that cover the others: of the longer tests, the default suite runs only these."""
+EACH_BASE = [pytest.param(name, marks=() if name in QUICK_BASES else pytest.mark.slow) for name in BASES]
+
+
+def make_model(base: str = "qwen2", *, tied: bool | None = None, dtype: str = "float32", seed: int = 0) -> Any:
+    """Return a stock model of `BASES` in PyTorch; `tied` replaces whether its head is."""
+    config = BASES[base]()
+    if tied is not None:
+        config.tie_word_embeddings = config.text_config.tie_word_embeddings = tied
+    model = AutoModelForImageTextToText.from_config(config)
     randomise(model, seed)
     return model.to(getattr(torch, dtype)).eval()
 
@@ -124,24 +147,24 @@ def save(model: Any, directory: Path, shards: int = 1) -> None:
 
 def write_stock(
     directory: str | Path,
+    base: str = "qwen2",
     *,
-    tied: bool = True,
-    kv_heads: int = 2,
+    tied: bool | None = None,
     dtype: str = "float32",
     shards: int = 1,
     seed: int = 0,
 ) -> Any:
     """Write a stock checkpoint, with SigLIP's 2D embedding; return the torch model."""
-    model = make_model(tied=tied, kv_heads=kv_heads, dtype=dtype, seed=seed)
+    model = make_model(base, tied=tied, dtype=dtype, seed=seed)
     save(model, Path(directory), shards)
     return model
 
 
 def write_umbrella(
     directory: str | Path,
+    base: str = "qwen2",
     *,
-    tied: bool = True,
-    kv_heads: int = 2,
+    tied: bool | None = None,
     dtype: str = "float32",
     modalities: Mapping[str, ModalityConfig] = MODALITIES,
     names: Sequence[str] | None = None,
@@ -157,7 +180,7 @@ def write_umbrella(
     directory = Path(directory)
     if names is not None:
         modalities = dict(zip(names, modalities.values(), strict=True))
-    model = make_model(tied=tied, kv_heads=kv_heads, dtype=dtype, seed=seed)
+    model = make_model(base, tied=tied, dtype=dtype, seed=seed)
     embeddings = TorchPatchEmbed(modalities, model.config.vision_config.hidden_size)
     randomise(embeddings, seed + 1)
     model.model.vision_tower.embeddings = embeddings.to(model.dtype)

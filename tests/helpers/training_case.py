@@ -96,6 +96,14 @@ def golden_case() -> Case:
     return make_case(*golden_model(remat="full"), CONFIG, optax.constant_schedule(1e-2))
 
 
+def first_moments(opt_state: Any) -> Params:
+    """Return {path: Adam's first moment} of the trained parameters."""
+    moments = {}
+    for _, part in optax.tree.get_all_with_path(opt_state, "mu"):
+        moments |= {path: leaf for path, leaf in part.items() if not isinstance(leaf, optax.MaskedNode)}
+    return moments
+
+
 SMALL_MODALITIES = {"T1": ModalityConfig(size=(7, 11, 5), patch=(3, 2, 5))}  # 10 patches of 30 voxels
 VISION = SiglipConfig(hidden_size=21, intermediate_size=37, num_hidden_layers=2, num_attention_heads=3)
 TEXT = QwenConfig(

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from tests.helpers.golden_case import golden, golden_batch, golden_model, relative
-from tests.helpers.training_case import OPTIMISED, generating_with
+from tests.helpers.training_case import OPTIMISED, first_moments, generating_with
 from umbrella_jax.config.schema import TrainConfig
 from umbrella_jax.inference.generate import generate
 from umbrella_jax.models import abstract_params, merge, unstack
@@ -95,15 +95,6 @@ def test_loss_and_gradients(remat, layers):
         assert relative(grad.reshape(expected.shape), expected) <= 1e-4, path
 
 
-def first_moments(opt_state):
-    """Return {path: Adam's first moment} of the six trained parameters."""
-    moments = {}
-    for _, part in optax.tree.get_all_with_path(opt_state, "mu"):
-        moments |= {path: leaf for path, leaf in part.items() if not isinstance(leaf, optax.MaskedNode)}
-    assert len(moments) == 6
-    return moments
-
-
 def test_ten_adamw_steps():
     config, params = golden_model(remat="full")
     labels = label_params(list(params), ["patch_embed"])
@@ -119,7 +110,9 @@ def test_ten_adamw_steps():
         assert relative(metrics["loss"], loss) <= 1e-5
         assert relative(metrics["grad_norm"], norm) <= 1e-4
         if i == 0:  # the first moments are a tenth of the clipped gradients
-            for path, gradient in first_moments(state.opt_state).items():
+            moments = first_moments(state.opt_state)
+            assert len(moments) == 6
+            for path, gradient in moments.items():
                 expected = golden("forward")["grad." + path.removeprefix(EMBEDDINGS)]
                 scale = 0.1 * min(1, 1 / norm)
                 assert relative(gradient.reshape(expected.shape) / scale, expected) <= 1e-4, path

@@ -1,10 +1,11 @@
-"""Equal to the installed transformers, every leaf random: tied and untied heads, with and without grouped queries."""
+"""Equal to the installed transformers, every leaf random: each base of tests/helpers/checkpoints.py."""
 
 import copy
 from types import SimpleNamespace
 
 import jax
 import numpy as np
+import optax
 import pytest
 import torch
 from transformers import GenerationConfig
@@ -12,14 +13,14 @@ from transformers import GenerationConfig
 from convert.config_json import read_config
 from convert.from_hf import load_params
 from convert.torch_model import load_umbrella
-from tests.helpers.checkpoints import IMAGE_ID, MODALITIES, write_umbrella
+from convert.verify import compare_reading
+from tests.helpers.checkpoints import EACH_BASE, IMAGE_ID, MODALITIES, write_umbrella
 from tests.helpers.golden_case import relative
-from tests.helpers.training_case import QUICK
+from tests.helpers.training_case import QUICK, first_moments, make_case, quick_step
 from umbrella_jax.batch import Batch
+from umbrella_jax.config.schema import GroupConfig, TrainConfig
 from umbrella_jax.inference.generate import generate
 from umbrella_jax.models import abstract_params, merge
-from umbrella_jax.training.freeze import label_params, partition
-from umbrella_jax.training.loss import loss_sum
 
 NEW = 8  # tokens of an answer
 EMBEDDINGS = "vision_tower.vision_model.embeddings."
@@ -79,41 +80,25 @@ def make_batch(rows, volumes):
     )
 
 
-@pytest.fixture(
-    scope="module",
-    params=[(True, 2), pytest.param((False, 6), marks=pytest.mark.slow)],
-    ids="tied {0[0]}, {0[1]} kv heads".format,
-)
+@pytest.fixture(scope="module", params=EACH_BASE)
 def both(request, tmp_path_factory):
     """One checkpoint in either framework, with the batch and what PyTorch says to it, row by row and unpadded."""
-    tied, kv_heads = request.param
     directory = tmp_path_factory.mktemp("checkpoint")
-    write_umbrella(directory, tied=tied, kv_heads=kv_heads, seed=11)
+    write_umbrella(directory, request.param, seed=11)
     model, config = load_umbrella(directory), read_config(directory, MODALITIES, remat="full")
-    assert (config.text.tie_word_embeddings, config.text.num_key_value_heads) == (tied, kv_heads)
+    assert compare_reading(directory, config, grown=False) == []
 
     rng = np.random.default_rng(3)
     volumes = {m: rng.normal(size=(n, *MODALITIES[m].size)).astype(np.float32) for m, n in VOLUMES.items()}
     rows = make_rows(rng)
-    made = {m: torch_features(model, torch.from_numpy(x)) for m, x in volumes.items()}
-    logits, losses = [], []
-    for row in rows:
-        ids = torch.from_numpy(row.ids).long()
-        embeds = model.get_input_embeddings()(ids).clone()
-        for name, volume, start in row.images:
-            embeds[start : start + MODALITIES[name].num_patches] = made[name][1][volume]
-        logits.append(model(inputs_embeds=embeds[None]).logits[0])
-        shifted = logits[-1][len(ids) - row.supervised - 1 : -1]
-        losses.append(torch.nn.functional.cross_entropy(shifted, ids[-row.supervised :], reduction="none"))
-    loss = torch.cat(losses).mean()
-    loss.backward()
+    made, logits = torch_forward(model, rows, volumes)
     params, batch = load_params(directory, config)[0], make_batch(rows, volumes)
     graphdef = abstract_params(config)[0]
     return SimpleNamespace(
+        config=config,
         torch=model,
         made=made,
         logits=[x.detach().numpy() for x in logits],
-        loss=loss.item(),
         params=params,
         rows=rows,
         batch=batch,
@@ -122,28 +107,38 @@ def both(request, tmp_path_factory):
     )
 
 
+def torch_forward(model, rows, volumes):
+    """Hidden states and features of all volumes, and the logits of each row."""
+    made = {m: torch_features(model, torch.from_numpy(x)) for m, x in volumes.items()}
+    logits = []
+    for row in rows:
+        embeds = model.get_input_embeddings()(torch.from_numpy(row.ids).long()).clone()
+        for name, volume, start in row.images:
+            embeds[start : start + MODALITIES[name].num_patches] = made[name][1][volume]
+        logits.append(model(inputs_embeds=embeds[None]).logits[0])
+    return made, logits
+
+
+def torch_loss(rows, logits):
+    """Mean cross entropy of the supervised tokens."""
+    kept = torch.cat([x[-row.supervised - 1 : -1] for row, x in zip(rows, logits, strict=True)])
+    targets = np.concatenate([row.ids[-row.supervised :] for row in rows])
+    return torch.nn.functional.cross_entropy(kept, torch.from_numpy(targets).long())
+
+
 def compute(graphdef, params, batch):
     """The same by JAX, in one program."""
-    trainable, frozen = partition(params, label_params(list(params), ["patch_embed"]))
 
-    def everything(trainable, frozen, batch):
-        def mean_loss(trainable):
-            total, count = loss_sum(merge(graphdef, trainable | frozen), batch)
-            return total / count.astype(np.float32), count
-
-        model = merge(graphdef, trainable | frozen)
-        (loss, count), grads = jax.value_and_grad(mean_loss, has_aux=True)(trainable)
+    def everything(params, batch):
+        model = merge(graphdef, params)
         return {
             "hidden": {name: model.vision_tower(name, x) for name, x in batch.volumes.items()},
             "features": {name: model.image_features(name, x) for name, x in batch.volumes.items()},
             "logits": model(batch),
             "target_logits": model.target_logits(batch),
-            "loss": loss,
-            "count": count,
-            "grads": grads,
         }
 
-    values = jax.jit(everything, compiler_options=QUICK)(trainable, frozen, batch)
+    values = jax.jit(everything, compiler_options=QUICK)(params, batch)
     return SimpleNamespace(**jax.tree.map(np.asarray, values))
 
 
@@ -176,14 +171,34 @@ def test_stock_call_gives_the_same(both):
         assert relative(logits[0], both.logits[b]) <= 1e-5
 
 
-def test_loss_and_gradients(both):
-    assert both.jax.count == sum(row.supervised for row in both.rows)
-    np.testing.assert_allclose(both.jax.loss, both.loss, rtol=1e-5)
-    embeddings = dict(both.torch.model.vision_tower.embeddings.named_parameters())
-    assert {path.removeprefix(EMBEDDINGS) for path in both.jax.grads} == embeddings.keys()
+def test_ten_adamw_steps(both):
+    """Losses, gradient norms, the first step's gradients, and the patch embedding that the steps end with."""
+    train = TrainConfig(learning_rate=1e-2, decay_bias=True)
+    case = make_case(both.config, both.params, train, optax.constant_schedule(train.learning_rate))
+    state, stacked = case.state(), jax.tree.map(lambda leaf: leaf[None], both.batch)
+    model = copy.deepcopy(both.torch).requires_grad_(False)
+    embeddings = dict(model.model.vision_tower.embeddings.requires_grad_().named_parameters())
+    assert {path.removeprefix(EMBEDDINGS) for path in state.trainable} == embeddings.keys()
+    theirs = torch.optim.AdamW(embeddings.values(), lr=train.learning_rate, weight_decay=GroupConfig().weight_decay)
+    for step in range(10):
+        loss = torch_loss(both.rows, torch_forward(model, both.rows, both.batch.volumes)[1])
+        theirs.zero_grad()
+        loss.backward()
+        gradients = {name: p.grad.numpy().copy() for name, p in embeddings.items()}
+        norm = torch.nn.utils.clip_grad_norm_(embeddings.values(), train.clip_norm).item()
+        theirs.step()
+        state, metrics = quick_step(state, case.frozen, stacked, **case.static)
+        np.testing.assert_allclose(metrics["loss"], loss.item(), rtol=1e-5)
+        np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-4)
+        if not step:  # the first moments are a tenth of the clipped gradients
+            moments = first_moments(state.opt_state)
+            assert {path.removeprefix(EMBEDDINGS) for path in moments} == gradients.keys()
+            for path, moment in moments.items():
+                expected = gradients[path.removeprefix(EMBEDDINGS)]
+                assert relative(moment.reshape(expected.shape) / 0.1 * max(1, norm), expected) <= 1e-4, path
     for name, tensor in embeddings.items():
-        expected = tensor.grad.numpy()
-        assert relative(both.jax.grads[EMBEDDINGS + name].reshape(expected.shape), expected) <= 1e-4, name
+        expected = tensor.detach().numpy()
+        assert relative(state.trainable[EMBEDDINGS + name].reshape(expected.shape), expected) <= 1e-4, name
 
 
 def test_greedy_answers_are_generates(both):
