@@ -38,6 +38,7 @@ from bench.generate import generate
 from bench.gpu import gpu, gpu_trials
 from bench.gpu_program import gpu_program
 from bench.loop import loop
+from bench.measure import keep_stdout_for_figures
 from bench.products import products
 from bench.quantize import quantize
 from bench.start import start
@@ -83,6 +84,7 @@ def main() -> None:
     command.add_argument("--quick", action="store_true", help="only batches that are refused, which takes seconds")
     arguments = vars(parser.parse_args())
     work, chosen = arguments.pop("work"), arguments.pop("work_dir")
+    keep_stdout_for_figures()
     describe_machine()  # before a measurement or one of its processes loads libtpu
     with tempfile.TemporaryDirectory() as temporary:
         work_dir = chosen or Path(temporary)

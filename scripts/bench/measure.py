@@ -9,13 +9,23 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
+
+
+_figures: TextIO | None = None
+
+
+def keep_stdout_for_figures() -> None:
+    """Send what commands, libraries and child processes print to stderr, so that stdout has nothing but figures."""
+    global _figures
+    _figures = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
 
 
 def figure(name: str, value: float | None, unit: str, **more: Any) -> None:
     """Print one line; `value` is None if nothing could be measured."""
     rounded = None if value is None else round(value, 3)
-    print(json.dumps({"figure": name, "value": rounded, "unit": unit, **more}), flush=True)
+    print(json.dumps({"figure": name, "value": rounded, "unit": unit, **more}), file=_figures, flush=True)
 
 
 def resident(pid: int | str = "self") -> float:
