@@ -20,6 +20,7 @@ from umbrella_jax.config.schema import ModalityConfig, PatchEmbedInit, RematPoli
 from umbrella_jax.errors import CheckpointError, ConfigError
 from umbrella_jax.io import reading
 from umbrella_jax.models.llava import LlavaConfig
+from umbrella_jax.models.paths import COMPONENTS
 from umbrella_jax.models.qwen import QwenConfig
 from umbrella_jax.models.siglip import SiglipConfig
 
@@ -286,7 +287,8 @@ def stored_modalities(directory: str | Path, patch_embed: Path | None = None) ->
     stored: dict[str, ModalityConfig] = {}
     if path.exists():
         section = {"modalities": read_checkpoint_json(path).get("modalities")}
-        stored = parse_config({"model": section}, Origins(str(path))).model.modalities
+        if section["modalities"] != {}:  # a base that has been stitched has none yet
+            stored = parse_config({"model": section}, Origins(str(path))).model.modalities
     if patch_embed is not None:
         theirs = open_trainable(patch_embed).modalities
         stored = {m: c for m, c in stored.items() if resolve_modality(m, theirs) is None} | theirs
@@ -309,15 +311,16 @@ def stored_template(directory: str | Path, patch_embed: Path | None = None) -> T
 
 
 def stored_untrained(directory: str | Path, patch_embed: Path | None = None) -> dict[str, str]:
-    """Return {modality: reason} for the patch embeddings that are recorded as untrained.
+    """Return {modality or component: reason} for those that are recorded as untrained.
 
-    For modalities in the file `patch_embed`, its record replaces that of `umbrella_config.json`.
+    For components, and modalities in the file `patch_embed`, its record replaces that of `umbrella_config.json`.
     """
     path = Path(directory) / UMBRELLA_CONFIG
     untrained = _string_mapping(path, read_checkpoint_json(path).get("untrained")) if path.exists() else {}
     if patch_embed is not None:
         trained = open_trainable(patch_embed)
-        untrained = {m: why for m, why in untrained.items() if resolve_modality(m, trained.modalities) is None}
+        replaced = {m for m in untrained if m in COMPONENTS or resolve_modality(m, trained.modalities) is not None}
+        untrained = {m: why for m, why in untrained.items() if m not in replaced}
         untrained |= _string_mapping(patch_embed, trained.untrained)
     return untrained
 
@@ -352,7 +355,8 @@ def _modalities(
             remedy = "name the modalities, with size and patch, in a config (--config FILE)"
             raise ConfigError(f"{path}: not found; {remedy}")
         return stored
-    faults = []
+    taken = sorted(given.keys() & COMPONENTS.keys())
+    faults = [f"model.modalities.{name}: is a component of the model; choose another name" for name in taken]
     for name, theirs in stored.items():
         configured = resolve_modality(name, given)
         if configured is None:

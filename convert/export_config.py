@@ -167,7 +167,7 @@ def write_config(
         base: name of the model that training began from.
         base_fingerprint: SHA-256 of the weights that training began from.
         template: conversation template of the training data.
-        untrained: {modality: reason} for modalities whose weights are untrained.
+        untrained: {modality or component: reason} for those whose weights are untrained.
         checksums: {tensor or file: checksum} of the weights (convert/checksum.py).
         first_steps: {modality: first step of the run that shows it}.
         finish: called with `out_dir` to change small files before their checksums are recorded.
@@ -178,7 +178,7 @@ def write_config(
         raw = {k: v for k, v in raw.items() if k != "dtype"} | {"torch_dtype": dtype}  # transformers 5 reads either
     renamed = export_names(config.modalities, names)
     modalities = {name: to_dict(config.modalities[m]) for m, name in renamed.items()}
-    random = {renamed[m]: why for m, why in (untrained or {}).items()}
+    random = {renamed.get(name, name): why for name, why in (untrained or {}).items()}
     stated = {"template": template, "base": base, "base_fingerprint": base_fingerprint, "untrained": random}
     stated |= {KEY: {hub_name(name): crc for name, crc in checksums.items()} if checksums else None}
     umbrella: dict[str, Any] = {"modalities": modalities} | {key: value for key, value in stated.items() if value}

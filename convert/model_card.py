@@ -150,7 +150,7 @@ def model_card(
         base: name of the model that training began from.
         base_fingerprint: SHA-256 of that model's weights.
         template: conversation template of the training data.
-        untrained: modalities whose patch embedding is untrained.
+        untrained: modalities whose patch embedding is untrained, and untrained components.
         records: the runs that made the weights, first to last.
         license: {`license`, `license_name`, `license_link`: value} of the base, as far as its model card states them.
         titles: names of the tower and the language model.
@@ -164,7 +164,8 @@ def model_card(
         size, patch = ("×".join(map(str, numbers)) for numbers in (m.size, m.patch))
         mode = m.mode if m.spacing is None else f"{m.mode}, {m.spacing:g} mm"
         rows.append((name, size, patch, m.num_patches, m.orientation, mode, m.scaling, m.background, windows))
-    warnings = [f"\n**{name} was never trained: its patch embedding has its initial values.**" for name in untrained]
+    subjects = {name: "its patch embedding" if name in modalities else "it" for name in untrained}
+    warnings = [f"\n**{name} was never trained: {part} has its initial values.**" for name, part in subjects.items()]
     lines = [f"Trained on top of `{base}`." if base else "Not recorded."]
     if base_fingerprint:
         lines.append(f"SHA-256 of its weights (names, shapes, types, bytes): `{base_fingerprint}`.")

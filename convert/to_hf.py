@@ -46,7 +46,7 @@ def export(
         base: name of the model that training began from.
         fingerprint: SHA-256 of that model's weights.
         template: conversation template of the training data.
-        untrained: {modality: reason} for modalities whose weights are untrained.
+        untrained: {modality or component: reason} for those whose weights are untrained.
         records: facts about the runs that made the parameters, for the model card.
         license: of the base, as in `model_card`.
         finish: called with the folder to change small files before their checksums are recorded.
@@ -74,7 +74,7 @@ def export(
     stated["untrained"] = untrained
     with new_folder(out) as part:
         checksums = write_checkpoint(part, hub_tensors(params, config, renamed), max_shard_size)
-        without_training = [renamed[m] for m in untrained or ()]
+        without_training = [renamed.get(name, name) for name in untrained or ()]
         card = model_card(
             config,
             modalities,

@@ -32,7 +32,7 @@ class Trainable:
     template: Template | None = None
     """Conversation template of the training data."""
     untrained: Mapping[str, str] = field(default_factory=dict)
-    """{modality: reason} for patch embeddings whose weights are untrained."""
+    """{modality or component: reason} for those whose weights are untrained."""
 
 
 def open_trainable(path: Path) -> Trainable:

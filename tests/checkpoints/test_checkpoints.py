@@ -240,6 +240,25 @@ def test_random_weights_stay_known(world: World, native: Path, tmp_path: Path) -
     assert Checkpoint.open(tmp_path / "old").untrained == {}
 
 
+def test_an_untrained_projector_does_not_answer_until_all_of_it_has_trained(native: Path, tmp_path: Path) -> None:
+    """The record goes through exports and files of trained parameters; every modality needs the projector."""
+    directory, why = shutil.copytree(native, tmp_path / "native"), "never trained (random, seed 3)"
+    described = json.loads((directory / "umbrella_config.json").read_text())
+    small_run.write_json(directory / "umbrella_config.json", described | {"untrained": {"projector": why}})
+    printed = umbrella("convert", "to-hf", directory, tmp_path / "export")
+    assert f"projector {why}: exported as it is, recorded as untrained" in printed
+    assert "**projector was never trained: it has its initial values.**" in (tmp_path / "export/README.md").read_text()
+    for path in (directory, tmp_path / "export"):
+        assert Checkpoint.open(path).untrained == {"projector": why}
+        with pytest.raises(CheckpointError, match=re.escape(f"{path}: projector {why}; train the group projector, or")):
+            umbrella_jax.load(path)
+    layers = [f"multi_modal_projector.linear_{i}.{end}" for i in (1, 2) for end in ("weight", "bias")]
+    assert Checkpoint.open(directory).untrained_after([*layers[:3], f"{PATCH_EMBED}T1_proj.weight"])
+    assert not Checkpoint.open(directory).untrained_after(layers)
+    with pytest.raises(ConfigError, match=r"model\.modalities\.projector: is a component of the model"):
+        Checkpoint.open(directory, small_run.modalities() | {"projector": small_run.modalities()["T1"]})
+
+
 def test_a_model_answers_about_the_modality_that_was_trained(world: World, native: Path, tmp_path: Path) -> None:
     """The model loads with one of two modalities trained, and refuses the other."""
     directory = shutil.copytree(native, tmp_path / "native")

@@ -47,7 +47,7 @@ from umbrella_jax.data.tokenize import load_tokenizer
 from umbrella_jax.distributed import broadcast, process_index, raise_together
 from umbrella_jax.errors import CheckpointError, ConfigError
 from umbrella_jax.models import LlavaConfig, Params, abstract_params, quantize
-from umbrella_jax.models.paths import adapted_weight, adapter_paths, modality_of
+from umbrella_jax.models.paths import COMPONENTS, adapted_weight, adapter_paths, component_of, modality_of
 from umbrella_jax.rundir import CHECKPOINTS, CONFIG, MODEL, NEWEST, Step, check_one_run, choose_step
 from umbrella_jax.training import freeze
 from umbrella_jax.training.checkpoint import Checkpoints, param_shapes, restore_params
@@ -180,7 +180,10 @@ class Checkpoint(ABC):
     @property
     @abstractmethod
     def untrained(self) -> dict[str, str]:
-        """Return {modality: reason} for every patch embedding that was never trained on volumes."""
+        """Return {part: reason} for every part of the model that was never trained.
+
+        A part is a modality, for its patch embedding, or a component of `COMPONENTS`.
+        """
 
     @property
     def runs(self) -> "tuple[RunCheckpoint, ...]":
@@ -214,12 +217,16 @@ class Checkpoint(ABC):
     def answering(self) -> Self:
         """Return the same model, which refuses to answer from untrained weights (`LlavaConfig.check_trained`).
 
-        Raises CheckpointError if no modality is trained.
+        Raises CheckpointError if no modality is trained, or if a component is not.
         """
-        remedy = "name a checkpoint that was trained on it, or allow untrained weights (--allow-untrained)"
+        untrained, allow = self.untrained, "allow untrained weights (--allow-untrained)"
+        if components := [name for name in untrained if name in COMPONENTS]:
+            raise CheckpointError(
+                [f"{self.path}: {name} {untrained[name]}; train the group {name}, or {allow}" for name in components]
+            )
+        remedy = f"name a checkpoint that was trained on it, or {allow}"
         refusals = {
-            name: f"{self.path}: modality {name}: patch embedding {why}; {remedy}"
-            for name, why in self.untrained.items()
+            name: f"{self.path}: modality {name}: patch embedding {why}; {remedy}" for name, why in untrained.items()
         }
         config = replace(self.config, untrained=refusals)
         if config.modalities.keys() == config.untrained.keys():
@@ -227,9 +234,14 @@ class Checkpoint(ABC):
         return replace(self, config=config)
 
     def untrained_after(self, trained: Collection[str]) -> dict[str, str]:
-        """Return the part of `untrained` that stays untrained when the parameters `trained` are trained."""
-        trained_modalities = {modality_of(path) for path in trained}
-        return {name: why for name, why in self.untrained.items() if name not in trained_modalities}
+        """Return those of `untrained` that stay untrained when the parameters `trained` are trained.
+
+        A component is trained if all of its weights are, a patch embedding if any is.
+        """
+        weights = [path for path in abstract_params(self.config)[1] if adapted_weight(path) is None]
+        lifted = COMPONENTS.keys() - {component_of(path) for path in weights if path not in trained}
+        lifted |= {name for name in map(modality_of, trained) if name}
+        return {name: why for name, why in self.untrained.items() if name not in lifted}
 
     def warn_doubtful(self) -> None:
         """Log a warning for each thing that may make answers wrong, such as a small file that changed
@@ -296,7 +308,7 @@ class Checkpoint(ABC):
         return cast
 
     def _recorded_untrained(self, patch_embed: Path | None = None) -> dict[str, str]:
-        """Return {configured modality: reason} for the patch embeddings that are recorded as untrained."""
+        """Return {configured modality or component: reason} for the parts that are recorded as untrained."""
         recorded = stored_untrained(self.path, patch_embed)
         return {resolve_modality(m, self.config.modalities) or m: why for m, why in recorded.items()}
 
@@ -355,7 +367,7 @@ class HfCheckpoint(Checkpoint):
 
     @cached_property
     def untrained(self) -> dict[str, str]:
-        """Return {modality: reason} for patch embeddings that are recorded as untrained, or that the files lack.
+        """Return {part: reason} for parts that are recorded as untrained, and patch embeddings that the files lack.
 
         The latter are initialised at random or inflated from SigLIP's own.
         """
@@ -523,9 +535,10 @@ class RunCheckpoint(Checkpoint):
 
     @cached_property
     def untrained(self) -> dict[str, str]:
-        """Return {modality: reason} for patch embeddings that neither the base's training nor this run has trained.
+        """Return {part: reason} for parts that neither the base's training nor this run has trained.
 
         A run trains a patch embedding if its groups contain it and a conversation up to this step shows its modality.
+        It trains another component if one up to this step shows any volume.
         """
         whole = replace(self.config, lora=self.lora)  # `groups` may name adapters, also of a merged model
         labels = freeze.label_params(list(abstract_params(whole)[1]), self.groups)
@@ -535,10 +548,12 @@ class RunCheckpoint(Checkpoint):
             return untrained
         for name, start in self.base.untrained.items():
             why = start.partition(", and ")[0]  # without the part that an earlier run adds
-            if name not in first_steps:
-                untrained[name] = f"{why}, and no conversation of the run shows one"
-            elif (self.step or 0) < first_steps[name]:
-                untrained[name] = f"{why}, and the run shows none before step {first_steps[name]}"
+            volume = "volume" if name in COMPONENTS else "one"
+            first = min(first_steps.values(), default=None) if name in COMPONENTS else first_steps.get(name)
+            if first is None:
+                untrained[name] = f"{why}, and no conversation of the run shows {volume}"
+            elif (self.step or 0) < first:
+                untrained[name] = f"{why}, and the run shows none before step {first}"
         return untrained
 
     @property

@@ -19,7 +19,7 @@ from umbrella_jax.data.tokenize import save_tokenizer
 from umbrella_jax.errors import CheckpointError, ConfigError
 from umbrella_jax.io.files import check_new_folder, check_run_name, new_folder
 from umbrella_jax.io.reading import parse_yaml
-from umbrella_jax.models.paths import adapted_weight, adapter_paths, modality_of
+from umbrella_jax.models.paths import COMPONENTS, adapted_weight, adapter_paths, modality_of
 from umbrella_jax.training.checkpoint import save_params
 
 
@@ -36,7 +36,7 @@ def write_description(
 
     Args:
         dtype: type of the weights; None keeps the type in config.json.
-        untrained: {modality: reason} for untrained patch embeddings (`Checkpoint.untrained`).
+        untrained: {part: reason} for untrained parts (`Checkpoint.untrained`).
         checksums: {file: checksum} of the weights.
         first_steps: {modality: first step of the run that shows it} (`EpochPlan.first_steps`).
     """
@@ -75,7 +75,7 @@ def write_native(checkpoint: Checkpoint, directory: Path, *, dtype: str = "auto"
 
 def untrained_to_leave_out(checkpoint: Checkpoint) -> dict[str, str]:
     """Return {modality: reason} for the modalities that an export leaves out: untrained ones, unless all are."""
-    untrained = checkpoint.untrained
+    untrained = {name: why for name, why in checkpoint.untrained.items() if name not in COMPONENTS}
     return {} if checkpoint.config.modalities.keys() == untrained.keys() else untrained
 
 
@@ -171,7 +171,7 @@ def write_trained(
         )
     named = hub_tensors(tensors, replace(checkpoint.config, modalities=kept), renamed)
     modalities = {renamed[m]: modality for m, modality in kept.items()}
-    untrained = {renamed[m]: why for m, why in checkpoint.untrained.items() if m in kept}
+    untrained = {renamed.get(name, name): why for name, why in checkpoint.untrained.items() if name not in left_out}
     with new_folder(out) as part:
         write_trainable(
             part / FILE, Trainable(named, modalities, checkpoint.fingerprint, checkpoint.template, untrained)

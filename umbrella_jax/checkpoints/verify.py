@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from convert.config_json import UMBRELLA_CONFIG, read_hub_config
+from convert.config_json import read_hub_config, stored_modalities
 from convert.export_config import hf_dict
 from convert.hub import fetch
 from convert.verify import (
@@ -41,7 +41,7 @@ def verify(
         CheckpointError, ConfigError: if one cannot be read as a model.
     """
     paths = [fetch(str(path)) for path in (a, b)]
-    stock = [not (p / UMBRELLA_CONFIG).exists() and not (p / MODEL).exists() and modalities is None for p in paths]
+    stock = [not stored_modalities(p) and not (p / MODEL).exists() and modalities is None for p in paths]
     opened = {p: Checkpoint.open(p, modalities) for p, bare in zip(paths, stock, strict=True) if not bare}
     known = next(iter(opened.values())).config.modalities if opened else None
     model_a, model_b = models = [(opened[p] if p in opened else Checkpoint.open(p, known)).merged() for p in paths]

@@ -105,6 +105,7 @@ def _from_hf(arguments: argparse.Namespace) -> None:
 def _to_hf(arguments: argparse.Namespace) -> None:
     from umbrella_jax.checkpoints.checkpoint import Checkpoint
     from umbrella_jax.checkpoints.export import untrained_to_leave_out, write_hf, write_trained
+    from umbrella_jax.models.paths import describe_part
     from umbrella_jax.run.record import read_training_records
 
     checkpoint = Checkpoint.open(arguments.source, step=arguments.step)
@@ -116,7 +117,7 @@ def _to_hf(arguments: argparse.Namespace) -> None:
     for name, why in checkpoint.untrained.items():
         left_out = name in untrained_to_leave_out(checkpoint) and not arguments.include_untrained
         what = "left out; --include-untrained exports it" if left_out else "exported as it is, recorded as untrained"
-        print(f"{name}: patch embedding {why}: {what}")
+        print(f"{describe_part(name)} {why}: {what}")
     if arguments.trainable_only:
         file = write_trained(checkpoint, out, **options)
         print(f"{file}: trained weights; add them to their base with")

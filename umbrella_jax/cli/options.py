@@ -295,7 +295,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         metavar="TYPE",
         help="float32 (default) or bfloat16",
     )
-    parser.add_argument("--allow-untrained", action="store_true", help="answer even with an untrained patch embedding")
+    parser.add_argument("--allow-untrained", action="store_true", help="answer even from untrained weights")
     add_step(parser)
 
 

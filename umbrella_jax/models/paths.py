@@ -40,6 +40,12 @@ def component_of(path: str) -> str:
     return next((name for name, pattern in COMPONENTS.items() if fnmatchcase(path, pattern)), UNUSED)
 
 
+def describe_part(name: str) -> str:
+    """Return the subject of a message about an untrained part of a model: a component, or a modality's patch
+    embedding."""
+    return name if name in COMPONENTS else f"{name}: patch embedding"
+
+
 def adapted_weight(path: str) -> str | None:
     """Return the path of the weight that a LoRA factor adapts; None for all other parameters."""
     match = _ADAPTER.fullmatch(path)

@@ -63,6 +63,8 @@ def abstract(facts: Facts) -> str:
 def limitations(facts: Facts) -> Iterator[str]:
     """Yield a sentence for each thing that the evidence lacks."""
     summaries = task_summaries(facts)
+    for component, why in facts.untrained.items():
+        yield f"The {component} is untrained ({why}): the answers mean nothing."
     if not any(facts.controls.controls.values()):
         yield (
             "No control without the scan was run, so nothing shows that the answers come from the images "

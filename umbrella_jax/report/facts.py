@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from convert.config_json import UMBRELLA_CONFIG, read_checkpoint_json, read_config
+from convert.config_json import UMBRELLA_CONFIG, read_checkpoint_json, read_config, stored_untrained
 from umbrella_jax.config.load import load_stored_config
 from umbrella_jax.config.schema import RunConfig, TrainConfig
 from umbrella_jax.data.cache import source_digest
@@ -17,6 +17,7 @@ from umbrella_jax.data.inputs import load_stored_inputs
 from umbrella_jax.errors import CheckpointError, ConfigError, DataError, Faults, UmbrellaError, why_not_a_directory
 from umbrella_jax.io import reading
 from umbrella_jax.models import LlavaConfig, abstract_params
+from umbrella_jax.models.paths import COMPONENTS
 from umbrella_jax.report.predictors import read_baselines, read_controls
 from umbrella_jax.rundir import (
     CHECKPOINTS,
@@ -105,6 +106,8 @@ class Facts:
     """{component: (number of trainable values, number of frozen values)}, from `freeze.counts`."""
     trained: tuple[str, ...]
     """Paths of the trainable parameters."""
+    untrained: Mapping[str, str]
+    """{component: reason} for those that neither the base's training nor the run has trained."""
     data: Mapping[str, Mapping[str, Any]]
     """{train, eval: `path` and the numbers of `conversations`, `subjects` and `volumes`; or `unknown`, the reason why
     they cannot be counted}."""
@@ -245,6 +248,7 @@ def read_facts(
         model=model,
         trains=freeze.counts(shapes, labels),
         trained=tuple(path for path, label in labels.items() if label != freeze.FROZEN),
+        untrained={name: why for name, why in stored_untrained(run / MODEL).items() if name in COMPONENTS},
         data={split: {"path": getattr(config.data, split)} | _counts(c) for split, c in splits.items()},
         lines=tuple(lines),
         predictions=file,

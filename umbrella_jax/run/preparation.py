@@ -33,6 +33,7 @@ from umbrella_jax.inference.windows import ExpandedDataset, expand
 from umbrella_jax.io.files import check_output, check_run_name
 from umbrella_jax.models import LlavaConfig, abstract_params, lora, native_backend, quantize, unstack
 from umbrella_jax.models.eight_bit import has_eight_bit_products
+from umbrella_jax.models.paths import COMPONENTS, describe_part
 from umbrella_jax.run.loggers import missing_loggers
 from umbrella_jax.run.number_targets import find_number_targets
 from umbrella_jax.run.summary import RunSummary, summarize, summarize_parameters
@@ -303,14 +304,18 @@ def _warn(text: str, say: Say) -> None:
 def _warn_of_untrained(
     config: RunConfig, base: Checkpoint, trained: Collection[str], shown: Collection[str], say: Say
 ) -> None:
-    """Warn about patch embeddings that will be untrained after the run, and about those that no conversation shows.
+    """Warn about parts that will be untrained after the run, and about patch embeddings that no conversation shows.
 
     Args:
         trained: the parameters of the base that train.
         shown: the modalities that conversations show.
     """
-    for name, why in base.untrained_after(trained).items():
-        _warn(f"{name}: patch embedding {why}, and train.groups does not train it: answers would mean nothing", say)
+    left = base.untrained_after(trained)
+    for name, why in left.items():
+        whole = f" as a whole: add the group {name}, or" if name in COMPONENTS else ":"
+        _warn(f"{describe_part(name)} {why}, and train.groups does not train it{whole} answers would mean nothing", say)
+    for name in sorted((base.untrained.keys() & COMPONENTS.keys()) - left.keys() if not shown else ()):
+        _warn(f"{name}: no conversation in {config.data.train} shows a volume: it stays {base.untrained[name]}", say)
     for name in sorted({modality for modality in map(freeze.modality_of, trained) if modality} - set(shown)):
         start = f"untrained ({base.untrained[name]})" if name in base.untrained else "as it is in the base"
         _warn(f"{name}: no conversation in {config.data.train} shows it: its patch embedding stays {start}", say)

@@ -175,9 +175,9 @@ def _train(run: Prepared, state: TrainState, resume: bool, log: RunLog | None) -
         state, pending = resume_from(checkpoints, state, run.meta, run.data.inputs, say) if resume else (state, None)
         if log:
             # in a resumed run too: a kill or a full disk may have left incomplete files
-            rewrite_folder(
-                out / MODEL, partial(write_description, run.model.base, first_steps=run.data.plan.first_steps())
-            )
+            untrained = run.model.base.untrained_after(state.trainable)
+            options: dict[str, Any] = {"untrained": untrained, "first_steps": run.data.plan.first_steps()}
+            rewrite_folder(out / MODEL, partial(write_description, run.model.base, **options))
             write_whole(out / CONFIG, dump_config(_with_absolute_base(config, run.model.base)))
             write_whole(out / INPUTS, dump_inputs(run.data.inputs), PRIVATE)
             write_whole(out / COUNTS, strict_json(_counts(run), indent=1) + "\n", PRIVATE)
@@ -192,7 +192,7 @@ def _train(run: Prepared, state: TrainState, resume: bool, log: RunLog | None) -
         earlier = [line for line in run.earlier_lines if int(line["step"] or 0) <= written]
         stop_early = StopEarly(config.train.early_stopping, earlier, say)
         send = stack.enter_context(open_loggers(config, out, written)) if log else None
-        options: dict[str, Any] = {"say": say, "log": log.note if log else say_nothing, "quiet": log is None}
+        options = {"say": say, "log": log.note if log else say_nothing, "quiet": log is None}
         options["memory"] = jax.local_devices()[0].memory_stats
         progress = stack.enter_context(Progress("step", num_steps, done=start, always=True, peak=_peak(run), **options))
         if evaluated := evaluations(earlier):
