@@ -57,6 +57,10 @@ class Layout:
     """Default `model_type` of its `text_config`."""
     image_token: int
     """Default id of `<image>`."""
+    torch_name: str
+    """Name of transformers' classes without `Config` and `ForConditionalGeneration`."""
+    image_newline: bool
+    """Whether there is an embedding that ends the rows of an image; volumes never use it."""
     only: tuple[Only, ...]
 
 
@@ -107,16 +111,36 @@ DECODERS: Mapping[str, Decoder] = {
 }
 """{`model_type`: language model}."""
 
+_PROJECTOR_ONLY = (
+    Only("projector_hidden_act", "gelu", "gelu", "the projector's activation is the exact GELU"),
+    Only("multimodal_projector_bias", True, True, "the projector has biases"),
+)
+
 LAYOUTS: Mapping[str, Layout] = {
     "llava": Layout(
         tower="clip_vision_model",
         decoder="llama",
         image_token=32000,
+        torch_name="Llava",
+        image_newline=False,
         only=(
-            Only("projector_hidden_act", "gelu", "gelu", "the projector's activation is the exact GELU"),
-            Only("multimodal_projector_bias", True, True, "the projector has biases"),
+            *_PROJECTOR_ONLY,
             Only("vision_feature_select_strategy", "default", "full", "SigLIP has no CLS token to drop"),
             Only("vision_feature_layer", -2, -1, "features are the last layer's output"),
+            _NOT_QUANTIZED,
+        ),
+    ),
+    # vision_aspect_ratio, image_grid_pinpoints and video_token_index are about images and videos: volumes use none.
+    "llava_onevision": Layout(
+        tower="siglip_vision_model",
+        decoder="qwen2",
+        image_token=151646,
+        torch_name="LlavaOnevision",
+        image_newline=True,
+        only=(
+            *_PROJECTOR_ONLY,
+            Only("vision_feature_select_strategy", "full", "full", "SigLIP has no CLS token to drop"),
+            Only("vision_feature_layer", -1, -1, "features are the last layer's output"),
             _NOT_QUANTIZED,
         ),
     ),

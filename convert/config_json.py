@@ -276,6 +276,7 @@ def read_config(
         text=text,
         modalities=_modalities(directory, modalities, init, patch_embed),
         image_token_id=min(tokens),
+        image_newline=layout.image_newline,
         compute_dtype=compute_dtype,
         remat=remat,
     )
@@ -378,14 +379,19 @@ def _modalities(
 def read_titles(directory: str | Path) -> tuple[str, str]:
     """Return the names of the tower and the language model of a config.json that `read_config` accepts."""
     raw = read_hub_config(directory)
-    tower, decoder = (section_of(raw, f"{part}_config")["model_type"] for part in ("vision", "text"))
-    return TOWERS[tower].title, DECODERS[decoder].title
+    tower = section_of(raw, "vision_config").get("model_type", LAYOUTS[raw["model_type"]].tower)
+    return TOWERS[tower].title, _decoder_of(raw).title
 
 
 def file_vocab_size(directory: str | Path) -> int:
     """Return the number of embeddings according to the checkpoint's config.json."""
-    text = section_of(read_hub_config(directory), "text_config")
-    return int(text.get("vocab_size") or DECODERS[text["model_type"]].defaults["vocab_size"])
+    raw = read_hub_config(directory)
+    return int(section_of(raw, "text_config").get("vocab_size") or _decoder_of(raw).defaults["vocab_size"])
+
+
+def _decoder_of(raw: Mapping[str, Any]) -> Decoder:
+    """Return the language model of a config.json that `read_config` accepts."""
+    return DECODERS[section_of(raw, "text_config").get("model_type", LAYOUTS[raw["model_type"]].decoder)]
 
 
 def is_tied(directory: str | Path) -> bool:

@@ -61,6 +61,7 @@ TENSOR_RULES: tuple[TensorRule, ...] = (
     TensorRule(_QWEN + "layers.{i}.mlp.down_proj.weight"),
     TensorRule(_QWEN + "norm.weight"),
     TensorRule(LM_HEAD),  # untied only
+    TensorRule("image_newline"),  # LLaVA-OneVision only
     TensorRule(PROJECTOR + "linear_1.weight"),
     TensorRule(PROJECTOR + "linear_1.bias"),
     TensorRule(PROJECTOR + "linear_2.weight"),
@@ -96,7 +97,7 @@ REPLACED: frozenset[str] = frozenset(
 
 _LAYOUTS = [  # rewrites names of other layouts to those on the hub
     (re.compile(r"^model\.language_model\."), _QWEN),  # transformers 4.5x and 5 in memory
-    (re.compile(r"^model\.(?=vision_tower\.|multi_modal_projector\.)"), ""),
+    (re.compile(r"^model\.(?=vision_tower\.|multi_modal_projector\.|image_newline$)"), ""),
     (re.compile(r"^lm_head\."), LANGUAGE_MODEL + "lm_head."),
     (re.compile(r"^vision_tower\.(?!vision_model\.)"), VISION_MODEL),  # transformers 5 has no `vision_model`
     # older UMBRELLA code replaced only the convolution by the volume patch embedding
@@ -165,7 +166,7 @@ def map_tensors(config: LlavaConfig, names: Mapping[str, str] | None = None) -> 
             if modality is not None:
                 path = path.replace("{m}", modality)
                 name = name.replace("{m}", (names or {}).get(modality, modality))
-            if path not in abstract:  # the head of a tied model
+            if path not in abstract:  # such as the head of a tied model
                 continue
             shape = abstract[path].shape
             layers: list[int | None] = [None]

@@ -7,13 +7,16 @@ import math
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
 from torch import nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from convert.architectures import LAYOUTS
 from convert.config_json import CONFIG, read_config, read_hub_config
 from convert.export_config import hf_dict
 from convert.from_hf import fingerprint, plan_loading
@@ -87,7 +90,9 @@ def load_umbrella(
     modalities: Mapping[str, ModalityConfig] | None = None,
     patch_embed: str | Path | None = None,
 ) -> Any:
-    """Load an UMBRELLA checkpoint as the stock `LlavaForConditionalGeneration`, in eval mode on the CPU.
+    """Load an UMBRELLA checkpoint as the stock class that its config.json names, in eval mode on the CPU.
+
+    The class is `LlavaForConditionalGeneration` or `LlavaOnevisionForConditionalGeneration`.
 
     `model(input_ids, pixel_values=volumes, ...)` and `generate` take volumes of one modality, as
     `TorchPatchEmbed.forward` does, and one `<image>` id per patch. Activations have the type of the token embeddings.
@@ -125,9 +130,10 @@ def umbrella_model(raw: Mapping[str, Any], config: LlavaConfig, params: Mapping[
     config.json. Raises CheckpointError if that needs a head which is not among the parameters.
     """
     # there is one placeholder per patch; with 0, transformers 4.46 never assumes one per image
-    hf_config = transformers.LlavaConfig.from_dict({**raw, "image_seq_length": 0})
+    layout = LAYOUTS[raw["model_type"]]
+    hf_config = getattr(transformers, f"{layout.torch_name}Config").from_dict({**raw, "image_seq_length": 0})
     with torch.device("meta"):  # only the structure: nothing is allocated or initialised
-        model: Any = transformers.LlavaForConditionalGeneration(hf_config)
+        model: Any = getattr(transformers, f"{layout.torch_name}ForConditionalGeneration")(hf_config)
         embeddings = TorchPatchEmbed(config.modalities, config.vision.hidden_size)
     base = getattr(model, "model", model)  # transformers 5 has one level more here and one less in the tower
     getattr(base.vision_tower, "vision_model", base.vision_tower).embeddings = embeddings
@@ -143,7 +149,38 @@ def umbrella_model(raw: Mapping[str, Any], config: LlavaConfig, params: Mapping[
         raise CheckpointError(f"{CONFIG}: transformers reads an untied head in it, which the weights do not have")
     assert not any(t.is_meta for t in (*model.parameters(), *model.buffers())), "left without values"
     _cast_between(model, embeddings)
+    if layout.image_newline:
+        base.get_image_features = MethodType(_volume_features, base)  # called by `generate` of transformers 5
+        model.register_forward_pre_hook(_embed_volumes, with_kwargs=True)
     return model.eval()
+
+
+def _volume_features(base: Any, pixel_values: torch.Tensor, **_: Any) -> BaseModelOutputWithPooling:
+    """Return the features of volumes, one row per patch, in the place of `get_image_features` of LLaVA-OneVision.
+
+    transformers would cut images into tiles and end the rows of their patches with `image_newline`.
+    """
+    layer = base.config.vision_feature_layer
+    hidden = base.vision_tower(pixel_values, output_hidden_states=True).hidden_states[layer]
+    features: Any = base.multi_modal_projector(hidden).flatten(0, 1)
+    return BaseModelOutputWithPooling(pooler_output=(features,))
+
+
+def _embed_volumes(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Replace the arguments `input_ids` and `pixel_values` of a call by `inputs_embeds`.
+
+    Raises ValueError if there are not as many placeholders as patches.
+    """
+    pixel_values = kwargs.pop("pixel_values", None)
+    if pixel_values is None:
+        return args, kwargs
+    ids = args[0] if args else kwargs.pop("input_ids")
+    (features,) = getattr(model, "model", model).get_image_features(pixel_values).pooler_output
+    embeds, places = model.get_input_embeddings()(ids), ids == model.config.image_token_index
+    if (count := int(places.sum())) != len(features):
+        raise ValueError(f"{count} placeholders, but the volumes have {len(features)} patches")
+    embeds = embeds.masked_scatter(places[..., None], features.to(embeds.dtype))
+    return (None, *args[1:]), {**kwargs, "inputs_embeds": embeds}
 
 
 def _cast_between(model: Any, embeddings: TorchPatchEmbed) -> None:
@@ -152,7 +189,8 @@ def _cast_between(model: Any, embeddings: TorchPatchEmbed) -> None:
     if len({parameter.dtype for parameter in model.parameters()}) == 1:
         return
     inner = {*embeddings.modules()} - {embeddings}
-    for module in {*model.modules()} - inner - {words}:
+    owner = getattr(model, "model", model)  # of image_newline, which it does not compute with
+    for module in {*model.modules()} - inner - {words, owner}:
         if any(True for _ in module.parameters(recurse=False)):
             module.register_forward_pre_hook(_to_own_type)
             module.register_forward_hook(partial(_to_type_of, words))

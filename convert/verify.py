@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 from flax import nnx
 
-from convert.architectures import DECODERS
+from convert.architectures import DECODERS, LAYOUTS
 from convert.config_json import CONFIG, read_hub_config
 from convert.lazy_tensor import Tensor, host_memory, place
 from convert.to_hf import hub_tensors
@@ -183,7 +183,8 @@ def compare_reading(description: Path, config: LlavaConfig, *, grown: bool) -> l
     import transformers
 
     try:
-        theirs = transformers.LlavaConfig.from_dict(read_hub_config(description))
+        raw = read_hub_config(description)
+        theirs = getattr(transformers, f"{LAYOUTS[raw['model_type']].torch_name}Config").from_dict(raw)
         text, vision = theirs.text_config, theirs.vision_config
         rope = getattr(text, "rope_parameters", None) or {"rope_theta": getattr(text, "rope_theta", None)}
         tied = theirs.tie_word_embeddings if transformers.__version__ >= "5" else text.tie_word_embeddings

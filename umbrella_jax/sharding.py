@@ -55,6 +55,7 @@ RULES: dict[str, P] = {
     "*.linear_2.bias": P(),
     "*norm*.weight": P(),
     "*norm*.bias": P(),
+    "image_newline": P(),
 }
 """{path pattern: how the parameter is split}, for moments and gradients too. One rule covers each parameter."""
 

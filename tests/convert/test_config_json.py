@@ -123,7 +123,7 @@ def test_tied_embeddings_are_read_as_transformers_5_reads_them(tmp_path, top, te
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("model_type", "llava_onevision"),
+        ("model_type", "llava_next"),
         ("projector_hidden_act", "relu"),
         ("multimodal_projector_bias", False),
         ("vision_feature_select_strategy", "default"),
@@ -207,9 +207,9 @@ def test_dropout_is_reported(tmp_path):
 
 
 def test_refused_together(tmp_path):
-    message = refused(tmp_path, changed(model_type="llava_onevision", text__hidden_act="gelu", vision__hidden_size=-1))
+    message = refused(tmp_path, changed(model_type="llava_next", text__hidden_act="gelu", vision__hidden_size=-1))
     assert message.startswith("3 faults:")
-    assert all(part in message for part in ("llava_onevision", "text_config.hidden_act", "vision_config.hidden_size"))
+    assert all(part in message for part in ("llava_next", "text_config.hidden_act", "vision_config.hidden_size"))
 
 
 def test_two_values_of_one_thing(tmp_path):

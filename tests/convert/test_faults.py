@@ -542,9 +542,7 @@ def config(section: str = "", **values: Any) -> Change:
         pytest.param(raw("config.json", lambda data: data[:-3]), ["not valid JSON"], id="cut short"),
         pytest.param(raw("config.json", lambda data: b"[]"), ["expected an object, found list"], id="a list"),
         pytest.param(raw("config.json", lambda data: b"\xff\xfe"), ["cannot be read"], id="no text"),
-        pytest.param(
-            config(model_type="llava_onevision"), ["model_type: 'llava_onevision'", "'llava'"], id="other LLaVA"
-        ),
+        pytest.param(config(model_type="llava_next"), ["model_type: 'llava_next'", "'llava'"], id="other LLaVA"),
         pytest.param(
             config("text_config", hidden_act="relu"), ["text_config.hidden_act: 'relu'", "'silu'"], id="activation"
         ),

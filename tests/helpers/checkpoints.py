@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from transformers import (
     AutoModelForImageTextToText,
     LlavaConfig,
+    LlavaOnevisionConfig,
     PreTrainedConfig,
     Qwen2Config,
     SiglipVisionConfig,
@@ -86,6 +87,9 @@ def llava(text: PreTrainedConfig, vision: PreTrainedConfig | None = None, **fiel
 BASES: Mapping[str, Callable[[], PreTrainedConfig]] = {
     "qwen2": lambda: llava(Qwen2Config(**TEXT)),
     "qwen2-untied": lambda: llava(Qwen2Config(**TEXT | {"num_key_value_heads": 6, "tie_word_embeddings": False})),
+    "onevision": lambda: LlavaOnevisionConfig(
+        vision_config=siglip(), text_config=Qwen2Config(**TEXT), image_token_index=IMAGE_ID, video_token_index=321
+    ),
 }
 """{name: makes transformers' own config of a base}: layouts, towers and language models that are supported.
 

@@ -47,6 +47,8 @@ class LlavaConfig:
     text: QwenConfig
     modalities: Mapping[str, ModalityConfig]
     image_token_id: int
+    image_newline: bool = False
+    """Whether the checkpoint has an embedding `image_newline`, which volumes do not use."""
     compute_dtype: str = "float32"
     remat: RematPolicy = "none"
     attention: AttentionBackend = "xla"
@@ -89,7 +91,11 @@ class LlavaConfig:
 
 
 class Llava(nnx.Module):
-    """`LlavaForConditionalGeneration` whose images are volumes."""
+    """`LlavaForConditionalGeneration` or `LlavaOnevisionForConditionalGeneration` whose images are volumes.
+
+    In LLaVA-OneVision, `image_newline` ends the rows of an image's patches. A volume's patches have no such rows, so it
+    never reaches the loss and is kept only for lossless conversion.
+    """
 
     def __init__(self, config: LlavaConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -100,6 +106,9 @@ class Llava(nnx.Module):
             config.vision.hidden_size, config.text.hidden_size, rngs=rngs
         )
         self.language_model = QwenForCausalLM(config.text, config.remat, config.attention, config.layers, rngs=rngs)
+        if config.image_newline:
+            width = config.text.hidden_size
+            self.image_newline = nnx.Param(jax.random.normal(rngs.params(), (width,)) / width**0.5)
         if config.lora is not None:
             attach(self, config.lora)
         if config.product_dtype is not None:

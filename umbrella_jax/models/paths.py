@@ -23,7 +23,8 @@ COMPONENTS: dict[str, str] = {
     "language_model": LANGUAGE_MODEL + "*",
 }
 """{component: pattern of its parameters' paths}. Parameters that match no pattern cannot train, because
-they do not affect the loss: SigLIP's `post_layernorm`, whose output LLaVA ignores."""
+they do not affect the loss: SigLIP's `post_layernorm`, whose output LLaVA ignores, and LLaVA-OneVision's
+`image_newline`, which volumes do not use."""
 
 _MODALITY = re.compile(re.escape(EMBEDDINGS) + r"(.+)_(?:proj\.(?:weight|bias)|positional_embeddings)")
 _ADAPTER = re.compile(r"(.+)\.lora_([AB])\.weight")

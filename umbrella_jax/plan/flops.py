@@ -404,7 +404,7 @@ def count_model(config: RunConfig, model: LlavaConfig, work: Workload, frozen_dt
     for path, leaf in shapes.items():
         part = component[path]
         stacked = ".layers." in path
-        *_, product, module, kind = path.split(".")
+        product, module, kind = ("", "", *path.split("."))[-3:]
         weights.append(
             Weight(
                 component=part,
