@@ -6,6 +6,7 @@ these are, is said in `convert/architectures.py`.
 
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, get_args
@@ -213,6 +214,18 @@ def read_config(
     raw = read_hub_config(directory)
     check_code(directory)
     faults: list[str] = []
+    config = describe_model(raw, faults)
+    if faults:
+        raise CheckpointError([f"{directory / CONFIG}: {fault}" for fault in faults])
+    modalities = _modalities(directory, modalities, init, patch_embed)
+    return replace(config, modalities=modalities, compute_dtype=compute_dtype, remat=remat)
+
+
+def describe_model(raw: dict[str, Any], faults: list[str]) -> LlavaConfig:
+    """Return the model that the content of a config.json describes, without modalities.
+
+    Appends every unsupported value to `faults`, as `FIELD: what is wrong`.
+    """
     sections = {"": raw, **{k: section_of(raw, k) for k in ("vision_config", "text_config")}}
     layout: Layout = _described("", raw, LAYOUTS, None, faults)
     tower: VisionTower = _described("vision_config.", sections["vision_config"], TOWERS, layout.tower, faults)
@@ -269,16 +282,12 @@ def read_config(
     tokens = {*({} if odd else stated).values()} or {layout.image_token}
     if not odd and (len(tokens) > 1 or not 0 <= min(tokens) < (text.vocab_size or 2**31)):
         faults.append(f"image_token_index: {sorted(tokens)}, expected one id below vocab_size {text.vocab_size}")
-    if faults:
-        raise CheckpointError([f"{directory / CONFIG}: {fault}" for fault in faults])
     return LlavaConfig(
         vision=vision,
         text=text,
-        modalities=_modalities(directory, modalities, init, patch_embed),
+        modalities={},
         image_token_id=min(tokens),
         image_newline=layout.image_newline,
-        compute_dtype=compute_dtype,
-        remat=remat,
     )
 
 
