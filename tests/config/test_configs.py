@@ -24,19 +24,35 @@ from umbrella_jax.training.optimizer import make_optimizer, make_schedule
 from umbrella_jax.training.step import init_state, train_step
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-FULL_SIZE = ("t1_0.5b", "rsfmri_0.5b", "joint_0.5b", "t1_7b")
+FULL_SIZE = ("t1_0.5b", "rsfmri_0.5b", "joint_0.5b", "t1_7b", "t1_ov_0.5b", "t1_ov_7b")
 
-# From the original system's documentation: hidden size, MLP size, layers, heads; patches and voxels per patch.
+# From the hub's config.json files: hidden size, MLP size, layers, heads, kv heads, words; patches and voxels per patch.
 VISION = (1152, 4304, 26)
-TEXT = {"0.5b": (1024, 2816, 24, 16), "7b": (4096, 11008, 32, 32)}
-WORDS = 152_000
+TEXT = {
+    "0.5b": (1024, 2816, 24, 16, 16, 152_000),
+    "7b": (4096, 11008, 32, 32, 32, 152_000),
+    "ov_0.5b": (896, 4864, 24, 14, 2, 152_000),
+    "ov_7b": (3584, 18944, 28, 28, 4, 152_128),
+    "ov_72b": (8192, 29568, 80, 64, 8, 152_128),
+}
+TIED = ("0.5b", "ov_0.5b")
 PATCHES = {"T1": (9 * 9 * 9, 10 * 10 * 10), "rsfMRI": (6 * 6 * 6 * 8, 16 * 16 * 16 * 3)}
 
 
 def write_hub_config(directory: Path, size: str) -> Path:
-    """Write only the config.json of llava-hf/llava-interleave-qwen-SIZE-hf."""
-    hidden, mlp, layers, heads = TEXT[size]
-    tied = size == "0.5b"
+    """Write only the config.json of llava-hf/llava-interleave-qwen-SIZE-hf or llava-onevision-qwen2-SIZE-ov-hf."""
+    hidden, mlp, layers, heads, kv_heads, words = TEXT[size]
+    tied = size in TIED
+    onevision = {
+        "architectures": ["LlavaOnevisionForConditionalGeneration"],
+        "model_type": "llava_onevision",
+        "image_grid_pinpoints": [[384, 384], [384, 768], [768, 384]],
+        "tie_word_embeddings": False,  # the 0.5b says otherwise in its text_config
+        "torch_dtype": "float16",
+        "use_image_newline_parameter": True,
+        "video_token_index": 151647,
+        "vision_aspect_ratio": "anyres_max_9",
+    }
     config = {
         "architectures": ["LlavaForConditionalGeneration"],
         "ignore_index": -100,
@@ -53,13 +69,13 @@ def write_hub_config(directory: Path, size: str) -> Path:
             "model_type": "qwen2",
             "num_attention_heads": heads,
             "num_hidden_layers": layers,
-            "num_key_value_heads": heads,
+            "num_key_value_heads": kv_heads,
             "rope_theta": 1000000.0,
             "sliding_window": 32768,
             "tie_word_embeddings": tied,
             "torch_dtype": "bfloat16",
             "use_sliding_window": False,
-            "vocab_size": WORDS,
+            "vocab_size": words,
         },
         "tie_word_embeddings": tied,
         "torch_dtype": "bfloat16",
@@ -78,22 +94,28 @@ def write_hub_config(directory: Path, size: str) -> Path:
         "vision_feature_select_strategy": "full",
     }
     directory.mkdir()
-    (directory / "config.json").write_text(json.dumps(config))
+    (directory / "config.json").write_text(json.dumps(config | (onevision if size.startswith("ov_") else {})))
     return directory
+
+
+def size_of(name: str) -> str:
+    """Return the size of `TEXT` that a config is for, such as `ov_0.5b` for `t1_ov_0.5b`."""
+    return name.partition("_")[2]
 
 
 def expected_counts(size: str, modalities: list[str]) -> dict[str, int]:
     """Compute the number of parameters per component by hand."""
     e, m, layers = VISION
-    d, f, text_layers, _ = TEXT[size]
+    d, f, text_layers, heads, kv_heads, words = TEXT[size]
+    kv = d // heads * kv_heads
     return {
         "patch_embed": sum((PATCHES[name][1] + 1) * e + PATCHES[name][0] * e for name in modalities),
         "vision_tower": layers * (2 * 2 * e + 4 * (e * e + e) + (e * m + m) + (m * e + e)),
         "projector": (e * d + d) + (d * d + d),
-        "language_model": WORDS * d * (1 if size == "0.5b" else 2)
-        + text_layers * (2 * d + 4 * d * d + 3 * d + 3 * d * f)  # as many kv heads as heads; biases on q, k, v
+        "language_model": words * d * (1 if size in TIED else 2)
+        + text_layers * (2 * d + 2 * d * d + 2 * d * kv + d + 2 * kv + 3 * d * f)  # biases on q, k, v
         + d,
-        "unused": 2 * e,
+        "unused": 2 * e + (d if size.startswith("ov_") else 0),
     }
 
 
@@ -113,7 +135,7 @@ def test_loads(path: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", FULL_SIZE)
 def test_full_size_parameter_counts(name: str, tmp_path: Path) -> None:
-    size = name.rpartition("_")[2]
+    size = size_of(name)
     modalities = list(load_config(CONFIGS / f"{name}.yaml").model.modalities)
     base = write_hub_config(tmp_path / "base", size)
     printed = umbrella("inspect", "--config", CONFIGS / f"{name}.yaml", "--base", base)
@@ -137,7 +159,7 @@ def test_the_second_stage_continues_from_the_first(tmp_path: Path) -> None:
     base = write_hub_config(tmp_path / "base", "0.5b")
     printed = umbrella("inspect", "--config", CONFIGS / "stage2_0.5b.yaml", "--base", base)
     rows = {row[0]: row[1:] for row in (line.replace(",", "").split() for line in printed.splitlines()) if row}
-    d, f, layers, _ = TEXT["0.5b"]
+    d, f, layers, *_ = TEXT["0.5b"]
     expected = expected_counts("0.5b", ["T1"])
     adapters = layers * 16 * (4 * (d + d) + 3 * (d + f))
     assert adapters == 7_569_408
@@ -150,9 +172,7 @@ def test_the_second_stage_continues_from_the_first(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", FULL_SIZE)
 def test_full_size_step_has_shapes(name: str, tmp_path: Path) -> None:
     """Trace a step at full size, with frozen weights in bfloat16 and optimiser state only for the patch embedding."""
-    run = load_config(
-        CONFIGS / f"{name}.yaml", {"model.base": str(write_hub_config(tmp_path / "base", name.rpartition("_")[2]))}
-    )
+    run = load_config(CONFIGS / f"{name}.yaml", {"model.base": str(write_hub_config(tmp_path / "base", size_of(name)))})
     graphdef, shapes = abstract_params(open_base(run).config)
     labels = freeze.label_params(list(shapes), list(run.train.groups))
     trainable, frozen = freeze.partition(shapes, labels)
