@@ -90,23 +90,32 @@ _QWEN_ONLY = (
     _NOT_QUANTIZED,
 )
 
+_QWEN_DEFAULTS = {
+    "vocab_size": 151936,
+    "hidden_size": 4096,
+    "intermediate_size": 22016,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "max_position_embeddings": 32768,
+}
+
 DECODERS: Mapping[str, Decoder] = {
     "qwen2": Decoder(  # Qwen1.5 and Qwen2.5 too
         title="Qwen2",
-        defaults={
-            "vocab_size": 151936,
-            "hidden_size": 4096,
-            "intermediate_size": 22016,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 32,
-            "rms_norm_eps": 1e-6,
-            "rope_theta": 10000.0,
-            "max_position_embeddings": 32768,
-        },
+        defaults=_QWEN_DEFAULTS,
         only=_QWEN_ONLY,
         qkv_bias=True,
         qk_norm=False,
+    ),
+    "qwen3": Decoder(
+        title="Qwen3",
+        defaults=_QWEN_DEFAULTS | {"head_dim": 128},
+        only=(*_QWEN_ONLY, Only("attention_bias", False, False, "the projections of attention have no biases")),
+        qkv_bias=False,
+        qk_norm=True,
     ),
 }
 """{`model_type`: language model}."""

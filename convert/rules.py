@@ -55,6 +55,8 @@ TENSOR_RULES: tuple[TensorRule, ...] = (
     TensorRule(_QWEN + "layers.{i}.self_attn.v_proj.weight"),
     TensorRule(_QWEN + "layers.{i}.self_attn.v_proj.bias"),
     TensorRule(_QWEN + "layers.{i}.self_attn.o_proj.weight"),
+    TensorRule(_QWEN + "layers.{i}.self_attn.q_norm.weight"),
+    TensorRule(_QWEN + "layers.{i}.self_attn.k_norm.weight"),
     TensorRule(_QWEN + "layers.{i}.post_attention_layernorm.weight"),
     TensorRule(_QWEN + "layers.{i}.mlp.gate_proj.weight"),
     TensorRule(_QWEN + "layers.{i}.mlp.up_proj.weight"),

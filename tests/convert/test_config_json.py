@@ -67,6 +67,10 @@ def test_version_4():
         "num_attention_heads": 5,
         "layer_norm_eps": 1e-6,
     }
+    # what runs have recorded since before biases and norms were options, so that they can be resumed
+    recorded = dataclasses.asdict(config.text)
+    del recorded["qkv_bias"], recorded["qk_norm"]
+    assert config.architecture == {"vision": dataclasses.asdict(config.vision), "text": recorded}
     assert (config.image_token_id, config.compute_dtype, config.remat) == (320, "bfloat16", "full")
     assert dict(config.modalities) == MODALITIES
 

@@ -21,6 +21,7 @@ from transformers import (
     LlavaOnevisionConfig,
     PreTrainedConfig,
     Qwen2Config,
+    Qwen3Config,
     SiglipVisionConfig,
 )
 
@@ -86,6 +87,15 @@ def llava(text: PreTrainedConfig, vision: PreTrainedConfig | None = None, **fiel
 
 BASES: Mapping[str, Callable[[], PreTrainedConfig]] = {
     "qwen2": lambda: llava(Qwen2Config(**TEXT)),
+    "qwen3": lambda: llava(Qwen3Config(**TEXT | {"head_dim": 10})),  # queries 60 wide
+    "qwen3-siglip2": lambda: llava(
+        Qwen3Config(
+            **TEXT
+            | {"head_dim": 6, "num_key_value_heads": 6, "tie_word_embeddings": False, "rms_norm_eps": 1e-3}
+            | {"rope_parameters": {"rope_type": "default", "rope_theta": 5e6}}
+        ),
+        siglip(hidden_size=40, num_attention_heads=5, patch_size=16, image_size=48, layer_norm_eps=1e-3),
+    ),
     "qwen2-untied": lambda: llava(Qwen2Config(**TEXT | {"num_key_value_heads": 6, "tie_word_embeddings": False})),
     "onevision": lambda: LlavaOnevisionConfig(
         vision_config=siglip(), text_config=Qwen2Config(**TEXT), image_token_index=IMAGE_ID, video_token_index=321
@@ -95,7 +105,7 @@ BASES: Mapping[str, Callable[[], PreTrainedConfig]] = {
 
 Over all of them run tests/models/test_live.py and the round trips of tests/convert/test_round_trip.py.
 """
-QUICK_BASES = ("qwen2",)
+QUICK_BASES = ("qwen3",)
 """Bases that cover the others: of the longer tests, the default suite runs only these."""
 EACH_BASE = [pytest.param(name, marks=() if name in QUICK_BASES else pytest.mark.slow) for name in BASES]
 

@@ -58,7 +58,9 @@ def test_the_whole_step_lowers(size, native, remat, tmp_path):
 @pytest.mark.parametrize("backend", ["xla", "cudnn", "splash"])
 def test_a_layer_keeps_only_the_values_of_its_policy(backend):
     """A layer keeps the policy's values once, and of attention its output and the softmax's denominators."""
-    config = SiglipConfig(hidden_size=144, intermediate_size=300, num_hidden_layers=3, num_attention_heads=2)
+    config = SiglipConfig(
+        hidden_size=144, intermediate_size=300, num_hidden_layers=3, num_attention_heads=2, layer_norm_eps=1e-6
+    )
     graphdef, params = nnx.split(nnx.eval_shape(lambda: SiglipEncoder(config, rngs=nnx.Rngs(0)).layers))
     attend = partial(attention, causal=False, backend=backend)
 

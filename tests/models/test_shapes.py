@@ -25,7 +25,9 @@ from umbrella_jax.models.qwen import QwenAttention, QwenDecoderLayer, QwenMLP, r
 from umbrella_jax.models.siglip import SiglipAttention, SiglipEncoderLayer, SiglipMLP, SiglipVisionModel
 from umbrella_jax.training.freeze import as_trainable
 
-VISION = SiglipConfig(hidden_size=21, intermediate_size=37, num_hidden_layers=3, num_attention_heads=3)
+VISION = SiglipConfig(
+    hidden_size=21, intermediate_size=37, num_hidden_layers=3, num_attention_heads=3, layer_norm_eps=1e-6
+)
 MODALITIES = {
     "T1": ModalityConfig(size=(7, 11, 5), patch=(3, 2, 5)),
     "FLAIR": ModalityConfig(size=(5, 5, 9), patch=(2, 5, 4)),
@@ -50,7 +52,9 @@ def text_config(num_hidden_layers=2, tie=True):
 
 
 def llava_config(layers=2, tie=True, remat="none", modalities=MODALITIES):
-    vision = SiglipConfig(hidden_size=21, intermediate_size=37, num_hidden_layers=layers, num_attention_heads=3)
+    vision = SiglipConfig(
+        hidden_size=21, intermediate_size=37, num_hidden_layers=layers, num_attention_heads=3, layer_norm_eps=1e-6
+    )
     return LlavaConfig(
         vision=vision, text=text_config(layers, tie), modalities=modalities, image_token_id=50, remat=remat
     )

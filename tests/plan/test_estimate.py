@@ -57,7 +57,9 @@ OTHER = ModalityConfig(size=(4, 4, 4), patch=(2, 2, 2))
 def tiny(*groups: str, tied: bool = True, dtype: str = "float32", lora: LoraConfig | None = None) -> ModelCounts:
     """Counts of the tiny model that trains `groups`."""
     model = LlavaConfig(
-        vision=SiglipConfig(hidden_size=E, intermediate_size=F, num_hidden_layers=LV, num_attention_heads=HV),
+        vision=SiglipConfig(
+            hidden_size=E, intermediate_size=F, num_hidden_layers=LV, num_attention_heads=HV, layer_norm_eps=1e-6
+        ),
         text=QwenConfig(
             vocab_size=V,
             hidden_size=D,

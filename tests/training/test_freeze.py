@@ -33,7 +33,9 @@ def shapes():
         max_position_embeddings=64,
         tie_word_embeddings=False,
     )
-    vision = SiglipConfig(hidden_size=10, intermediate_size=11, num_hidden_layers=3, num_attention_heads=2)
+    vision = SiglipConfig(
+        hidden_size=10, intermediate_size=11, num_hidden_layers=3, num_attention_heads=2, layer_norm_eps=1e-6
+    )
     config = LlavaConfig(vision=vision, text=text, modalities=dict.fromkeys(NAMES, volume), image_token_id=3)
     return abstract_params(config)[1]
 

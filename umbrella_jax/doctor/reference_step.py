@@ -33,7 +33,9 @@ and batches like this one, computed entirely in bfloat16, which rounds more, dif
 square); the tolerance is five to seven times that. NVIDIA GPUs round to TF32, which has three more bits
 than bfloat16, so errors there are about an eighth. No tolerance was measured on a GPU or TPU yet."""
 
-VISION = SiglipConfig(hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=3)
+VISION = SiglipConfig(
+    hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=3, layer_norm_eps=1e-6
+)
 TEXT = QwenConfig(
     vocab_size=56,
     hidden_size=32,

@@ -185,7 +185,6 @@ def predict(
         inputs = read_inputs(data, {"eval": dataset})
     params = checkpoint.params(sharding_for=partial(param_sharding, devices))
     weights = {path: int(value) for path, value in checksums(params).items()}
-    architecture = {"vision": asdict(checkpoint.config.vision), "text": asdict(checkpoint.config.text)}
     settings = {
         "weights": _digest(weights),
         "inputs": digest_of(inputs),
@@ -205,7 +204,7 @@ def predict(
         "schemas": constraints.texts if constraints else [],
         "cache_dtype": data.cache_dtype,
         "compute_dtype": compute_dtype,
-        **{f"config.json: {key}": value for key, value in flat(architecture).items()},
+        **{f"config.json: {key}": value for key, value in flat(checkpoint.config.architecture).items()},
     }
     facts = [(name, SHA256 + digest) for files in inputs.values() for name, digest in files]
     check_same([*facts, *settings.items()], "every host must read the same")

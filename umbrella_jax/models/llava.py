@@ -4,9 +4,9 @@ Axes: B conversations, T positions, K supervised positions, D width, V words, M 
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import chex
 import jax
@@ -84,6 +84,17 @@ class LlavaConfig:
     def why_attention(self, requested: Literal["auto", AttentionBackend], native: AttentionBackend) -> str:
         """Return why `with_attention` chooses its backend from the same arguments."""
         return explain_backend(requested, native, self.compute_dtype, self._head_dims)
+
+    @property
+    def architecture(self) -> dict[str, dict[str, Any]]:
+        """Fields of tower and language model, for a run's records.
+
+        A field with its default value is left out: records from before the field existed then remain equal.
+        """
+        return {
+            name: {f.name: value for f in fields(part) if (value := getattr(part, f.name)) != f.default}
+            for name, part in (("vision", self.vision), ("text", self.text))
+        }
 
     @property
     def _head_dims(self) -> tuple[int, int]:

@@ -28,7 +28,7 @@ class SiglipConfig:
     intermediate_size: int
     num_hidden_layers: int
     num_attention_heads: int
-    layer_norm_eps: float = 1e-6
+    layer_norm_eps: float
 
 
 class SiglipAttention(nnx.Module):

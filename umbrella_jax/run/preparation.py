@@ -3,7 +3,7 @@
 import importlib.metadata
 import importlib.util
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -213,8 +213,7 @@ def prepare(
         # Separate from the block above: orbax synchronises all processes when it reads a run's identity, and would wait
         # forever for a process that had already failed.
         fingerprint, inputs = base.identity, (shared and shared.inputs) or read_inputs(config.data, datasets)
-    architecture = {"vision": asdict(base.config.vision), "text": asdict(base.config.text)}
-    facts = [(f"{base.path}: config.json: {key}", value) for key, value in flat(architecture).items()]
+    facts = [(f"{base.path}: config.json: {key}", value) for key, value in flat(base.config.architecture).items()]
     facts.append((f"{base.path}: weights", SHA256 + fingerprint))
     facts += [(name, SHA256 + digest) for files in inputs.values() for name, digest in files]
     check_same(facts, "copy it again: every host must read the same")
@@ -277,7 +276,7 @@ def prepare(
             "config": to_dict(config),
             "num_steps": num_steps,
             "base_fingerprint": fingerprint,
-            "architecture": architecture,
+            "architecture": base.config.architecture,
             "inputs": digest_of(inputs),
             "frozen_types": frozen_types,
             "versions": versions(),
