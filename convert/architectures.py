@@ -20,7 +20,11 @@ class Only(NamedTuple):
     """Reason or remedy, for the message."""
 
 
-_NOT_QUANTIZED = Only("quantization_config", None, None, "quantised weights cannot be read; use the original ones")
+_EVERYWHERE = (
+    Only("quantization_config", None, None, "quantised weights cannot be read; use the original ones"),
+    Only("per_layer_config", None, None, "all layers have the same sizes"),
+    Only("return_dict", True, True, "a LLaVA of transformers fails with any other"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +33,8 @@ class VisionTower:
 
     title: str
     """Name on the model card."""
+    covers: str
+    """Published models that have this `model_type`, for messages."""
     defaults: Mapping[str, int | float]
     """{field of `SiglipConfig`: value that transformers takes for an absent one}."""
     only: tuple[Only, ...]
@@ -40,6 +46,8 @@ class Decoder:
 
     title: str
     """Name on the model card."""
+    covers: str
+    """Published models that have this `model_type`, for messages."""
     defaults: Mapping[str, int | float]
     """{field of `QwenConfig`: value that transformers takes for an absent one}."""
     only: tuple[Only, ...]
@@ -51,6 +59,8 @@ class Decoder:
 class Layout:
     """A kind of LLaVA: the top level of a config.json."""
 
+    covers: str
+    """Published models that have this `model_type`, for messages."""
     tower: str
     """Default `model_type` of its `vision_config`."""
     decoder: str
@@ -67,6 +77,7 @@ class Layout:
 TOWERS: Mapping[str, VisionTower] = {
     "siglip_vision_model": VisionTower(
         title="SigLIP",
+        covers="SigLIP and SigLIP 2, except NaFlex",
         defaults={
             "hidden_size": 768,
             "intermediate_size": 3072,
@@ -77,7 +88,8 @@ TOWERS: Mapping[str, VisionTower] = {
         only=(
             Only("hidden_act", "gelu_pytorch_tanh", "gelu_pytorch_tanh", "the tower's activation is tanh GELU"),
             Only("vision_use_head", True, False, "the pooling head is not supported, and LLaVA does not use it"),
-            _NOT_QUANTIZED,
+            Only("tie_last_hidden_states", None, None, "features are those before post_layernorm"),
+            *_EVERYWHERE,
         ),
     ),
 }
@@ -86,8 +98,9 @@ TOWERS: Mapping[str, VisionTower] = {
 _QWEN_ONLY = (
     Only("hidden_act", "silu", "silu", "the MLP's activation is SiLU"),
     Only("use_sliding_window", False, False, "attention sees the whole text"),
+    Only("is_causal", True, True, "a position sees those before it"),
     Only("partial_rotary_factor", 1.0, 1.0, "rope turns all of a head"),
-    _NOT_QUANTIZED,
+    *_EVERYWHERE,
 )
 
 _QWEN_DEFAULTS = {
@@ -103,8 +116,9 @@ _QWEN_DEFAULTS = {
 }
 
 DECODERS: Mapping[str, Decoder] = {
-    "qwen2": Decoder(  # Qwen1.5 and Qwen2.5 too
+    "qwen2": Decoder(
         title="Qwen2",
+        covers="Qwen1.5, Qwen2, Qwen2.5",
         defaults=_QWEN_DEFAULTS,
         only=_QWEN_ONLY,
         qkv_bias=True,
@@ -112,6 +126,7 @@ DECODERS: Mapping[str, Decoder] = {
     ),
     "qwen3": Decoder(
         title="Qwen3",
+        covers="Qwen3, dense",
         defaults=_QWEN_DEFAULTS | {"head_dim": 128},
         only=(*_QWEN_ONLY, Only("attention_bias", False, False, "the projections of attention have no biases")),
         qkv_bias=False,
@@ -127,6 +142,7 @@ _PROJECTOR_ONLY = (
 
 LAYOUTS: Mapping[str, Layout] = {
     "llava": Layout(
+        covers="LLaVA, LLaVA-Interleave",
         tower="clip_vision_model",
         decoder="llama",
         image_token=32000,
@@ -136,11 +152,12 @@ LAYOUTS: Mapping[str, Layout] = {
             *_PROJECTOR_ONLY,
             Only("vision_feature_select_strategy", "default", "full", "SigLIP has no CLS token to drop"),
             Only("vision_feature_layer", -2, -1, "features are the last layer's output"),
-            _NOT_QUANTIZED,
+            *_EVERYWHERE,
         ),
     ),
     # vision_aspect_ratio, image_grid_pinpoints and video_token_index are about images and videos: volumes use none.
     "llava_onevision": Layout(
+        covers="LLaVA-OneVision",
         tower="siglip_vision_model",
         decoder="qwen2",
         image_token=151646,
@@ -150,7 +167,7 @@ LAYOUTS: Mapping[str, Layout] = {
             *_PROJECTOR_ONLY,
             Only("vision_feature_select_strategy", "full", "full", "SigLIP has no CLS token to drop"),
             Only("vision_feature_layer", -1, -1, "features are the last layer's output"),
-            _NOT_QUANTIZED,
+            *_EVERYWHERE,
         ),
     ),
 }

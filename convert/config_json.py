@@ -91,7 +91,8 @@ def _described(
     """
     kind = section.get("model_type", default)
     if not isinstance(kind, str) or kind not in known:
-        faults.append(_unsupported(f"{prefix}model_type", kind, section, "expected " + " or ".join(map(repr, known))))
+        names = [f"{name!r} ({described.covers})" for name, described in known.items()]
+        faults.append(_unsupported(f"{prefix}model_type", kind, section, "expected " + " or ".join(names)))
     found = known.get(kind) if isinstance(kind, str) else None
     found = next(iter(known.values())) if found is None else found
     only: Only
@@ -151,6 +152,8 @@ def _rope_theta(section: _Section, faults: list[str]) -> float:
     """
     text = section.data
     stated = [t for t in [text.get("rope_theta")] if t is not None]
+    if text.get("rope_scaling") and text.get("rope_parameters"):  # of which each version reads another
+        faults.append("text_config.rope_scaling: given beside rope_parameters; take one of them out")
     for name in ("rope_scaling", "rope_parameters"):
         rope = text.get(name) or {}
         if not isinstance(rope, dict):
