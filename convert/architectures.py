@@ -1,7 +1,8 @@
 """What a config.json may describe: one description per layout of a LLaVA, per vision tower and per language model.
 
 Reading, conversion, the comparison with transformers and the model card follow from these. A field of config.json that
-this package reads is in `defaults`, one that has a single supported value in `only`.
+this package reads is in `defaults`, one that has a single supported value in `only`. Other code describes the same
+models in config.json files of its own: `DIALECTS`.
 """
 
 from collections.abc import Mapping
@@ -18,6 +19,19 @@ class Only(NamedTuple):
     value: Any
     why: str
     """Reason or remedy, for the message."""
+
+    def fault(self, prefix: str, section: Mapping[str, Any]) -> str | None:
+        """Return a message if a section of config.json, whose name is `prefix`, has another value."""
+        value = section.get(self.key, self.default)
+        if value == self.value and isinstance(value, bool) == isinstance(self.value, bool):
+            return None
+        return unsupported(f"{prefix}{self.key}", value, section, f"expected {self.value!r}: {self.why}")
+
+
+def unsupported(name: str, value: Any, section: Mapping[str, Any], remedy: str) -> str:
+    """Return a message about the value of a field, which `section` may lack."""
+    absent = "" if name.rpartition(".")[2] in section else ", which absence means,"
+    return f"{name}: {value!r}{absent} is not supported, {remedy}"
 
 
 _EVERYWHERE = (
@@ -38,6 +52,8 @@ class VisionTower:
     defaults: Mapping[str, int | float]
     """{field of `SiglipConfig`: value that transformers takes for an absent one}."""
     only: tuple[Only, ...]
+    sizes: Mapping[str, Mapping[str, int]]
+    """{size in the names of Google's checkpoints: fields of `SiglipConfig`}."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +90,35 @@ class Layout:
     only: tuple[Only, ...]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Dialect:
+    """A config.json of other code for a LLaVA; reading turns it into one of the hub's `LAYOUTS` (convert/dialects.py).
+
+    Names of tensors need no description here: `convert/rules.py` recognises them.
+    """
+
+    marker: str
+    """Field by which the dialect is recognised."""
+    layer: str
+    """Field with the layer whose output is projected; transformers calls it `vision_feature_layer`."""
+    tower_name: str | None
+    """Field with the name of the tower, whose sizes the file does not have; None if it has a `vision_config`."""
+    decoder: str | None
+    """`model_type` of the language model, whose fields are at the top level; None if it has a `text_config`."""
+    only: tuple[Only, ...]
+    unused: tuple[str, ...] = ()
+    """Patterns of fields at the top level that do not affect a volume's features; the rest are the language model's."""
+
+
+def _siglip(hidden_size: int, intermediate_size: int, *, layers: int, heads: int) -> dict[str, int]:
+    return {
+        "hidden_size": hidden_size,
+        "intermediate_size": intermediate_size,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+    }
+
+
 TOWERS: Mapping[str, VisionTower] = {
     "siglip_vision_model": VisionTower(
         title="SigLIP",
@@ -91,6 +136,12 @@ TOWERS: Mapping[str, VisionTower] = {
             Only("tie_last_hidden_states", None, None, "features are those before post_layernorm"),
             *_EVERYWHERE,
         ),
+        sizes={  # of SigLIP and of SigLIP 2 with a fixed resolution
+            "base": _siglip(768, 3072, layers=12, heads=12),
+            "large": _siglip(1024, 4096, layers=24, heads=16),
+            "so400m": _siglip(1152, 4304, layers=27, heads=16),
+            "giant-opt": _siglip(1536, 6144, layers=40, heads=16),
+        },
     ),
 }
 """{`model_type`: vision tower}."""
@@ -172,3 +223,56 @@ LAYOUTS: Mapping[str, Layout] = {
     ),
 }
 """{`model_type`: layout}."""
+
+_TWO_LAYERS = "the projector is two layers with the exact GELU between them"
+
+DIALECTS: tuple[Dialect, ...] = (
+    Dialect(  # LLaVA-NeXT: LLaVA-OneVision, LLaVA-Video and LLaVA-NeXT-Interleave with Qwen
+        marker="mm_vision_tower",
+        layer="mm_vision_select_layer",
+        tower_name="mm_vision_tower",
+        decoder="qwen2",
+        only=(
+            Only("architectures", None, ["LlavaQwenForCausalLM"], "only LLaVA-NeXT's models with Qwen can be read"),
+            Only("use_mm_proj", True, True, "there is a projector"),
+            Only("mm_projector_type", "linear", "mlp2x_gelu", _TWO_LAYERS),
+            Only("mm_resampler_type", None, None, "features are not resampled"),
+            Only("mm_vision_select_feature", "patch", "patch", "features are those of the patches"),
+            Only("mm_use_im_start_end", False, False, "no token precedes or follows an image"),
+            Only("use_pos_skipping", False, False, "no position is skipped"),
+            Only("add_faster_video", False, False, "frames have one kind of feature"),
+            Only("s2", False, False, "images have one scale"),
+        ),
+        unused=(
+            # training
+            *("mm_tunable_parts", "mm_projector_lr", "mm_vision_tower_lr", "tune_*", "freeze_*", "unfreeze_*"),
+            *("vision_tower_pretrained", "delay_load"),
+            # images, which are cut into tiles, and videos, whose frames are pooled: a volume is neither
+            *("image_*", "mm_patch_merge_type", "mm_newline_position", "mm_spatial_pool_*", "mm_pooler_*"),
+            *("faster_token_stride", "add_time_instruction", "force_sample", "s2_scales", "pos_skipping_range"),
+            # of resamplers, which are refused
+            *("mm_mask_drop_*", "mm_perceiver_*", "mm_qformer_*", "mm_resampler_location"),
+            # text
+            *("mm_use_im_patch_token", "tokenizer_*", "ignore_index", "max_sequence_length"),
+            # stated by the tensors
+            "mm_hidden_size",
+            # of the file itself
+            *("_name_or_path", "transformers_version", "model_type", "auto_map"),
+            # left in LLaVA-OneVision's by transformers' class for LLaVA, and not about this model
+            *("text_config", "vision_config", "projector_hidden_act", "vision_feature_*"),
+        ),
+    ),
+    Dialect(  # TinyLLaVA
+        marker="connector_type",
+        layer="vision_feature_layer",
+        tower_name=None,
+        decoder=None,
+        only=(
+            Only("architectures", None, ["TinyLlavaForConditionalGeneration"], "only TinyLLaVA has connectors"),
+            Only("connector_type", None, "mlp2x_gelu", _TWO_LAYERS),
+            Only("vision_model_name_or_path2", "", "", "there is one tower"),
+            *_EVERYWHERE,
+        ),
+    ),
+)
+"""Dialects of config.json."""

@@ -11,8 +11,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, get_args
 
-from convert.architectures import DECODERS, LAYOUTS, TOWERS, Decoder, Layout, Only, VisionTower
+from convert.architectures import DECODERS, LAYOUTS, TOWERS, Decoder, Layout, VisionTower, unsupported
 from convert.checksum import FILES, file_checksum, read_checksums
+from convert.dialects import HubConfig, dialect_of, to_hub
 from convert.foreign import check_placeholders, folder_contents
 from convert.trainable import open_trainable
 from umbrella_jax.config.load import parse_config
@@ -92,25 +93,35 @@ def _described(
     kind = section.get("model_type", default)
     if not isinstance(kind, str) or kind not in known:
         names = [f"{name!r} ({described.covers})" for name, described in known.items()]
-        faults.append(_unsupported(f"{prefix}model_type", kind, section, "expected " + " or ".join(names)))
+        faults.append(unsupported(f"{prefix}model_type", kind, section, "expected " + " or ".join(names)))
     found = known.get(kind) if isinstance(kind, str) else None
     found = next(iter(known.values())) if found is None else found
-    only: Only
-    for only in found.only:
-        value = section.get(only.key, only.default)
-        if value != only.value or isinstance(value, bool) != isinstance(only.value, bool):
-            faults.append(_unsupported(f"{prefix}{only.key}", value, section, f"expected {only.value!r}: {only.why}"))
+    faults += [fault for only in found.only if (fault := only.fault(prefix, section))]
     return found
 
 
-def _unsupported(name: str, value: Any, section: Mapping[str, Any], remedy: str) -> str:
-    absent = "" if name.rpartition(".")[2] in section else ", which absence means,"
-    return f"{name}: {value!r}{absent} is not supported, {remedy}"
-
-
 def read_hub_config(directory: str | Path) -> dict[str, Any]:
-    """Read config.json. Raises CheckpointError if it cannot be read."""
-    return read_checkpoint_json(Path(directory) / CONFIG)
+    """Read config.json, in the hub's layout whichever code wrote it.
+
+    Raises CheckpointError if it cannot be read, or if it is of other code and has fields without a counterpart.
+    """
+    hub = _read_hub_config(Path(directory))
+    if hub.faults:
+        raise CheckpointError([f"{Path(directory) / CONFIG}: {fault}" for fault in hub.faults])
+    return hub.raw
+
+
+def translated_config(directory: str | Path) -> dict[str, Any] | None:
+    """Return config.json in the hub's layout if other code wrote it; None for the hub's own, or without the file.
+
+    Raises CheckpointError as `read_hub_config`.
+    """
+    path = Path(directory) / CONFIG
+    return read_hub_config(directory) if path.exists() and dialect_of(read_checkpoint_json(path)) else None
+
+
+def _read_hub_config(directory: Path) -> HubConfig:
+    return to_hub(read_checkpoint_json(directory / CONFIG), directory)
 
 
 def read_checkpoint_json(path: Path) -> dict[str, Any]:
@@ -129,7 +140,7 @@ def check_code(directory: Path) -> None:
     faults = []
     for file in (directory / name for name in _CODE):
         if file.exists():
-            raw = read_checkpoint_json(file)
+            raw = _read_hub_config(directory).raw if file.name == CONFIG else read_checkpoint_json(file)
             sections = {"": raw, **{f"{key}.": value for key, value in raw.items() if isinstance(value, dict)}}
             faults += [
                 f"{file}: {name}auto_map: names code to be run; code of a checkpoint is not, take it out of the file"
@@ -180,13 +191,18 @@ def _tied(raw: Mapping[str, Any]) -> bool:
 
 def unused_dropout(directory: str | Path) -> list[str]:
     """Return a message for each dropout in config.json, which PyTorch applies in training and this package does not."""
-    raw = read_hub_config(directory)
-    sections = {"": raw, **{f"{name}.": section_of(raw, name) for name in ("vision_config", "text_config")}}
-    return [
-        f"{Path(directory) / CONFIG}: {prefix}{key}: {value} is not applied: there is no dropout in training here"
+    path = Path(directory) / CONFIG
+    hub = _read_hub_config(path.parent)
+    sections = {"": hub.raw, **{f"{name}.": section_of(hub.raw, name) for name in ("vision_config", "text_config")}}
+    applied = {
+        f"{prefix}{key}": value
         for prefix, section in sections.items()
         for key, value in section.items()
         if "drop" in key and isinstance(value, int | float) and value > 0
+    }
+    return [
+        f"{path}: {hub.as_in_file(key)}: {value} is not applied: there is no dropout in training here"
+        for key, value in applied.items()
     ]
 
 
@@ -214,11 +230,11 @@ def read_config(
     check_placeholders(directory)
     if not (directory / CONFIG).exists() and (found := folder_contents(directory)):
         raise CheckpointError(f"{directory}: no {CONFIG}; found {found}")
-    raw = read_hub_config(directory)
+    hub = _read_hub_config(directory)
     check_code(directory)
     faults: list[str] = []
-    config = describe_model(raw, faults)
-    if faults:
+    config = describe_model(hub.raw, faults)
+    if faults := [*hub.faults, *dict.fromkeys(map(hub.as_in_file, faults))]:
         raise CheckpointError([f"{directory / CONFIG}: {fault}" for fault in faults])
     modalities = _modalities(directory, modalities, init, patch_embed)
     return replace(config, modalities=modalities, compute_dtype=compute_dtype, remat=remat)

@@ -13,6 +13,8 @@ WEIGHTS = frozenset(
 )
 ADAPTER = "adapter_config.json"
 """PEFT's description of an adapter."""
+_NOT_LORA = "non_lora_trainables.bin"
+"""Parameters that LLaVA's code trains beside an adapter: the projector."""
 _MERGE = (
     "merge it in PyTorch (peft: PeftModel.from_pretrained(base, FOLDER).merge_and_unload().save_pretrained(OUT)) and "
     "name OUT"
@@ -23,6 +25,11 @@ _PYTORCH = "save the model in PyTorch with save_pretrained, and name that folder
 _TRANSFORMERS_4 = "load them with transformers 4 ({}=True), call save_pretrained, and name that folder"
 
 _TRAINER = ("optimizer*", "scheduler*", "rng_state*", "random_states*", "training_args.bin", "trainer_state.json")
+_LLAVA_LORA = (
+    "merge both in LLaVA's code (merge_lora_weights.py --model-path FOLDER --model-base BASE --save-model-path OUT) "
+    "and name OUT"
+)
+_ORIGINAL = "load the whole model with {}'s code, call save_pretrained, and name the new folder"
 # How to recognise a folder without weights by its names; the first match counts: patterns, contents, what to do.
 _FILES: tuple[tuple[tuple[str, ...], str, str], ...] = (
     (("global_step*", "zero_pp_rank_*", "mp_rank_*", "zero_to_fp32.py"), "DeepSpeed's shards of a model", _DEEPSPEED),
@@ -38,6 +45,13 @@ _FILES: tuple[tuple[tuple[str, ...], str, str], ...] = (
     (("*.h5",), "TensorFlow's weights", _TRANSFORMERS_4.format("from_tf")),
     (("*.msgpack",), "Flax's weights", _TRANSFORMERS_4.format("from_flax")),
     (("*.safetensors",), "tensors under another name than model.safetensors", "name the folder of the model"),
+    (("mm_projector.bin", "mm_projector"), "only the projector of LLaVA's first stage", _ORIGINAL.format("LLaVA")),
+    (
+        (_NOT_LORA,),
+        "the projector that belongs to a LoRA adapter of LLaVA's code, without the adapter",
+        _ORIGINAL.format("LLaVA"),
+    ),
+    (("connector",), "the parts of TinyLLaVA's first stage in folders of their own", _ORIGINAL.format("TinyLLaVA")),
     (("*.bin", "*.pth", "*.pt", "*.ckpt"), "PyTorch files of another kind", _PYTORCH),
 )
 _REST: tuple[tuple[tuple[str, ...], str, str], ...] = (
@@ -58,6 +72,8 @@ def folder_contents(directory: Path) -> str | None:
     if not WEIGHTS.isdisjoint(names):
         return None
     if (base := _adapter_base(directory)) is not None:
+        if _NOT_LORA in names:
+            return f"a LoRA adapter of LLaVA's code{base}, and the projector in {_NOT_LORA}; {_LLAVA_LORA}"
         return f"only a PEFT adapter{base}; {_MERGE}"
     own = [name for name in names if not any(fnmatchcase(name, pattern) for pattern in _TRAINER)]
     if found := _recognise(own, _FILES):

@@ -17,7 +17,7 @@ from jax.sharding import SingleDeviceSharding
 from convert.config_json import CONFIG, UMBRELLA_CONFIG, file_vocab_size, is_tied, stored_modalities
 from convert.lazy_tensor import ShardingFor, Tensor, add_product, grow, place, stack_tensors
 from convert.patch_embed_init import inflate_patch_embed, resample_patch_embed
-from convert.rules import EMBED, LM_HEAD, REPLACED, TensorMapping, hub_name, map_tensors
+from convert.rules import EMBED, HEAD, LM_HEAD, REPLACED, TensorMapping, hub_name, map_tensors
 from convert.safetensors_files import open_checkpoint, weights_digest
 from convert.trainable import open_trainable
 from umbrella_jax.config.schema import AS_STORED, ModalityConfig, PatchEmbedInit, resolve_modality
@@ -45,6 +45,8 @@ class LoadSummary:
     """Messages about modalities that have weights and no record of their preprocessing."""
     replaced: tuple[str, ...] = ()
     """Tensors that the volume patch embedding replaces."""
+    left_out: tuple[str, ...] = ()
+    """Tensors that LLaVA does not use, and that are not part of the parameters."""
     wrapped: str | None = None
     """If wrappers added parts to the names: `NAME IN THE FILE → NAME WITHOUT THEM` of the first tensor."""
     grown: Mapping[str, tuple[int, int]] = field(default_factory=dict)
@@ -53,11 +55,13 @@ class LoadSummary:
     def lines(self) -> list[str]:
         """Return one message per difference."""
         replaced = "\n  ".join(["replaced by the 3D/4D patch embedding:", *self.replaced])
+        left_out = "\n  ".join(["left out, since LLaVA does not use SigLIP's pooling head:", *self.left_out])
         return [
             *([f"tensor names: parts that wrappers added are removed: {self.wrapped}"] if self.wrapped else []),
             *(f"{name}: patch embedding {how}" for name, how in self.initialised.items()),
             *self.undescribed,
             *([replaced] if self.replaced else []),
+            *([left_out] if self.left_out else []),
             *(f"{path}: {a} rows → {b}, new ones the mean" for path, (a, b) in self.grown.items()),
         ]
 
@@ -201,8 +205,9 @@ def plan_loading(
     if config.text.tie_word_embeddings and LM_HEAD in tensors and EMBED in tensors:
         tied_copy = tensors[EMBED][1], tensors[LM_HEAD][1]
         claimed.add(LM_HEAD)
+    left_out = tuple(name for hub, (name, _) in tensors.items() if hub.startswith(HEAD))
     for hub, (name, tensor) in tensors.items():
-        if hub not in claimed:
+        if hub not in claimed and not hub.startswith(HEAD):
             faults.append(f"{tensor.file}: {name}: not a part of the model that {CONFIG} describes; is it of another?")
 
     initial: dict[str, InitialWeights] = {}
@@ -233,6 +238,7 @@ def plan_loading(
         lost_modalities=tuple(lost),
         undescribed=_undescribed(directory, config, patch_embed, [name for name in names if name not in initial]),
         replaced=tuple(name for hub, (name, _) in tensors.items() if hub in REPLACED),
+        left_out=left_out,
         wrapped=wrapped,
         grown=grown,
     )
@@ -268,9 +274,11 @@ def fingerprint(directory: str | Path, patch_embed: Path | None = None) -> str:
     """Return the SHA-256, in hex, of a checkpoint's weights, with those of `patch_embed` applied to it.
 
     It does not depend on the layout of names and shards, nor on whether the file contains a head that is tied to the
-    embeddings. Raises CheckpointError if `patch_embed` was trained on another checkpoint.
+    embeddings, or tensors that LLaVA does not use (`LoadSummary.left_out`). Raises CheckpointError if `patch_embed` was
+    trained on another checkpoint.
     """
     tensors = {hub_name(name): tensor for name, tensor in open_checkpoint(directory).items()}
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(HEAD)}
     if is_tied(directory):
         tensors.pop(LM_HEAD, None)
     own = weights_digest(tensors)

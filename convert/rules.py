@@ -44,6 +44,7 @@ class TensorRule:
 _QWEN = LANGUAGE_MODEL + "model."
 EMBED = _QWEN + "embed_tokens.weight"
 LM_HEAD = LANGUAGE_MODEL + "lm_head.weight"
+IMAGE_NEWLINE = "image_newline"
 
 TENSOR_RULES: tuple[TensorRule, ...] = (
     TensorRule(EMBED),
@@ -63,7 +64,7 @@ TENSOR_RULES: tuple[TensorRule, ...] = (
     TensorRule(_QWEN + "layers.{i}.mlp.down_proj.weight"),
     TensorRule(_QWEN + "norm.weight"),
     TensorRule(LM_HEAD),  # untied only
-    TensorRule("image_newline"),  # LLaVA-OneVision only
+    TensorRule(IMAGE_NEWLINE),  # LLaVA-OneVision only
     TensorRule(PROJECTOR + "linear_1.weight"),
     TensorRule(PROJECTOR + "linear_1.bias"),
     TensorRule(PROJECTOR + "linear_2.weight"),
@@ -97,7 +98,17 @@ REPLACED: frozenset[str] = frozenset(
     for name in ("patch_embedding.weight", "patch_embedding.bias", "position_embedding.weight", "position_ids")
 )
 
+# SigLIP's pooling head, which LLaVA does not use. TinyLLaVA saves it; other code leaves it out.
+HEAD = VISION_MODEL + "head."
+
 _LAYOUTS = [  # rewrites names of other layouts to those on the hub
+    (re.compile(r"^model\.vision_tower\.vision_tower\."), "vision_tower."),  # LLaVA-NeXT
+    (re.compile(r"^model\.mm_projector\.0\."), PROJECTOR + "linear_1."),
+    (re.compile(r"^model\.mm_projector\.2\."), PROJECTOR + "linear_2."),
+    (re.compile(r"^model\.(?=embed_tokens\.|layers\.|norm\.)"), _QWEN),
+    (re.compile(r"^vision_tower\._vision_tower\."), "vision_tower."),  # TinyLLaVA
+    (re.compile(r"^connector\._connector\.0\."), PROJECTOR + "linear_1."),
+    (re.compile(r"^connector\._connector\.2\."), PROJECTOR + "linear_2."),
     (re.compile(r"^model\.language_model\."), _QWEN),  # transformers 4.5x and 5 in memory
     (re.compile(r"^model\.(?=vision_tower\.|multi_modal_projector\.|image_newline$)"), ""),
     (re.compile(r"^lm_head\."), LANGUAGE_MODEL + "lm_head."),

@@ -218,6 +218,19 @@ def open_checkpoint(directory: str | Path) -> dict[str, Tensor]:
     return unwrapped
 
 
+def tensor_names(directory: Path) -> list[str] | None:
+    """Return the names in a checkpoint, as `open_checkpoint` does, opening no shard that an index lists.
+
+    Returns None without weights. Raises CheckpointError for files that cannot be read.
+    """
+    for single, index in ((SINGLE, INDEX), (_BIN, _BIN_INDEX)):
+        if (directory / index).exists():
+            return [*unwrapped_names(_weight_map(directory / index)).values()]
+        if (directory / single).exists():
+            return [*open_checkpoint(directory)]
+    return None
+
+
 def _weight_map(index: Path) -> dict[str, str]:
     """Return {tensor: file name of its shard} from the index; shards are in the same folder."""
     found = read_json(index, CheckpointError, _AGAIN)

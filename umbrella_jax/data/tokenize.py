@@ -263,7 +263,10 @@ def load_tokenizer(directory: str | Path, image_token_id: int | None) -> tuple[A
         DataError: there is no tokenizer, or it is too large or needs code; its `<image>` has another id than the
             model's; the chat template or an `eos_token_id` is faulty.
     """
-    from transformers import AutoTokenizer  # imported here: reading conversations and volumes needs no transformers
+    # imported here: reading conversations and volumes needs neither
+    from transformers import AutoConfig, AutoTokenizer
+
+    from convert.config_json import translated_config
 
     if not Path(directory).is_dir():
         raise DataError(f"{directory}: not found; expected a directory with a tokenizer")
@@ -272,7 +275,10 @@ def load_tokenizer(directory: str | Path, image_token_id: int | None) -> tuple[A
         raise DataError(faults)
     try:
         # False, since the default None asks on the terminal whether the directory's code may run
-        tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+        options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+        if config := translated_config(directory):  # transformers cannot read the file itself
+            options["config"] = AutoConfig.for_model(**config)
+        tokenizer = AutoTokenizer.from_pretrained(str(directory), **options)
     except Exception as error:  # a missing or damaged file makes transformers raise nearly anything
         if is_out_of_memory(error):
             raise
