@@ -47,6 +47,7 @@ from bench.step import sharing, step
 from bench.study import study
 from bench.tpu import tpu
 from bench.validate import validate
+from bench.workload import CONVERTED
 
 from umbrella_jax.tpu import describe_machine
 
@@ -78,6 +79,8 @@ def main() -> None:
         command = commands.add_parser(work.__name__, help=(work.__doc__ or "").splitlines()[0])
         command.add_argument("--work-dir", type=Path, help="folder for files; default a temporary one")
         command.set_defaults(work=work)
+    command = commands.choices["convert"]
+    command.add_argument("--size", choices=CONVERTED, default="0.5b", help="ov_0.5b is LLaVA-OneVision")
     command = commands.choices["tpu"]
     command.add_argument("--cells", default="*", metavar="GLOB", help="which, as in 0.5b/t1/none/v5e-*")
     command.add_argument("--results", type=Path, metavar="FILE", help="append to it, and skip the cells it has")

@@ -1,4 +1,4 @@
-"""Time and memory of loading and converting the 0.5b size."""
+"""Time and memory of loading and converting a 0.5b size."""
 
 import json
 import statistics
@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from bench.measure import figure, measure
-from bench.workload import HUB_CONFIGS
+from bench.workload import CONVERTED
 
 
-def make_base(directory: Path) -> None:
-    """Write a 0.5b UMBRELLA checkpoint, T1 96³ with patch 10, with random float32 weights."""
+def make_base(directory: Path, size: str = "0.5b") -> None:
+    """Write an UMBRELLA checkpoint of a size of `CONVERTED`, T1 96³ with patch 10, with random float32 weights."""
     from convert.config_json import CONFIG, UMBRELLA_CONFIG, read_config
     from convert.lazy_tensor import Tensor
     from convert.safetensors_files import write_checkpoint
@@ -22,7 +22,7 @@ def make_base(directory: Path) -> None:
     from umbrella_jax.models import abstract_params
 
     directory.mkdir(parents=True)
-    (directory / CONFIG).write_text(json.dumps(HUB_CONFIGS["0.5b"]))
+    (directory / CONFIG).write_text(json.dumps(CONVERTED[size]))
     modalities = {"T1": ModalityConfig(size=(96, 96, 96), patch=(10, 10, 10))}
     (directory / UMBRELLA_CONFIG).write_text(json.dumps({"modalities": {m: to_dict(c) for m, c in modalities.items()}}))
     config = read_config(directory)
@@ -49,9 +49,9 @@ def load_jax(directory: Path, dtype: str) -> Any:
 def load_torch(directory: Path, dtype: str) -> Any:
     """Load the same directory with transformers."""
     import torch
-    from transformers import LlavaForConditionalGeneration
+    from transformers import AutoModelForImageTextToText
 
-    return LlavaForConditionalGeneration.from_pretrained(directory, dtype=getattr(torch, dtype))
+    return AutoModelForImageTextToText.from_pretrained(directory, dtype=getattr(torch, dtype))
 
 
 def load_times(directory: Path, checked: Path, dtype: str) -> list[list[float]]:
@@ -66,7 +66,7 @@ def load_times(directory: Path, checked: Path, dtype: str) -> list[list[float]]:
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    _ = transformers.LlavaForConditionalGeneration  # transformers imports it lazily
+    _ = transformers.AutoModelForImageTextToText  # transformers imports it lazily
     times = []
     for load, source in ((load_jax, directory), (load_jax, checked), (load_torch, directory)):
         load(source, dtype)
@@ -103,15 +103,16 @@ def fingerprint(directory: Path) -> str:
     return Checkpoint.open(directory).fingerprint
 
 
-def convert(work_dir: Path) -> None:
+def convert(work_dir: Path, *, size: str = "0.5b") -> None:
     """Measure memory and time of loading and converting, against transformers' from_pretrained."""
     from convert.safetensors_files import open_checkpoint
 
+    work_dir /= size
     base = work_dir / "base"
     if not base.exists():
-        make_base(base)
+        make_base(base, size)
     tensors = open_checkpoint(base)
-    size, largest = sum(t.nbytes for t in tensors.values()) / 1e9, max(t.nbytes for t in tensors.values()) / 1e9
+    total, largest = sum(t.nbytes for t in tensors.values()) / 1e9, max(t.nbytes for t in tensors.values()) / 1e9
     (base / "model.safetensors").read_bytes()  # into the page cache
     native, out = work_dir / "native", work_dir / "export"
     for name, work, source, to, limit in (
@@ -124,11 +125,11 @@ def convert(work_dir: Path) -> None:
         )
     same = (base / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
     figure("hf_native_hf_identical", float(same), "bool")
-    for dtype, parameters in (("float32", size), ("bfloat16", size / 2)):
+    for dtype, parameters in (("float32", total), ("bfloat16", total / 2)):
         excess = measure(load_jax, base, dtype)["peak"] - parameters
         figure(f"load_{dtype}_peak_over_parameters", excess, "GB", parameters=round(parameters, 3), limit=0.7)
         ours, checked, theirs = map(statistics.median, measure(load_times, base, out, dtype)["value"])
         figure(f"load_{dtype}_seconds", ours, "s", torch=round(theirs, 3), ratio=round(ours / theirs, 3), limit_ratio=1)
         figure(f"load_{dtype}_with_checksums_seconds", checked, "s", ratio_to_without=round(checked / ours, 3))
     result = measure(fingerprint, base)
-    figure("fingerprint_seconds", result["seconds"], "s", gb_per_second=round(size / result["seconds"], 2))
+    figure("fingerprint_seconds", result["seconds"], "s", gb_per_second=round(total / result["seconds"], 2))

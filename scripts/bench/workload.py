@@ -1,4 +1,4 @@
-"""The benchmarks' workload: the hub's two models, and conversations about scans of 96 voxels per axis."""
+"""The benchmarks' workload: models of the hub, and conversations about scans of 96 voxels per axis."""
 
 import math
 from dataclasses import dataclass
@@ -9,10 +9,12 @@ TEXT, ANSWER = 64, 8
 """Tokens of a conversation, and supervised tokens at its end."""
 
 
-def _hub_config(hidden: int, mlp: int, layers: int, heads: int, tied: bool) -> dict[str, Any]:
+def _hub_config(
+    hidden: int, mlp: int, layers: int, heads: int, *, tied: bool, kv_heads: int | None = None, kind: str = "Llava"
+) -> dict[str, Any]:
     return {
-        "architectures": ["LlavaForConditionalGeneration"],
-        "model_type": "llava",
+        "architectures": [f"{kind}ForConditionalGeneration"],
+        "model_type": {"Llava": "llava", "LlavaOnevision": "llava_onevision"}[kind],
         "image_token_index": IMAGE,
         "projector_hidden_act": "gelu",
         "vision_feature_layer": -1,
@@ -35,7 +37,7 @@ def _hub_config(hidden: int, mlp: int, layers: int, heads: int, tied: bool) -> d
             "intermediate_size": mlp,
             "num_attention_heads": heads,
             "num_hidden_layers": layers,
-            "num_key_value_heads": heads,
+            "num_key_value_heads": kv_heads or heads,
             "rope_theta": 1e6,
             "tie_word_embeddings": tied,
             "vocab_size": 152000,
@@ -48,6 +50,11 @@ HUB_CONFIGS = {  # llava-hf/llava-interleave-qwen-SIZE-hf
     "0.5b": _hub_config(1024, 2816, 24, 16, tied=True),
     "7b": _hub_config(4096, 11008, 32, 32, tied=False),
 }
+CONVERTED = {  # the second is llava-hf/llava-onevision-qwen2-0.5b-ov-hf
+    "0.5b": HUB_CONFIGS["0.5b"],
+    "ov_0.5b": _hub_config(896, 4864, 24, 14, tied=True, kv_heads=2, kind="LlavaOnevision"),
+}
+"""Models that `benchmark.py convert` measures."""
 
 
 @dataclass(frozen=True)
