@@ -74,10 +74,11 @@ def hf_dict(raw: Mapping[str, Any], config: LlavaConfig) -> dict[str, Any]:
     }
     if rope:
         text["rope_parameters"] = {**rope, "rope_theta": config.text.rope_theta}
-    token = {key: config.image_token_id for key in ("image_token_index", "image_token_id") if key in raw}
+    token = {"image_token_id": config.image_token_id} if "image_token_id" in raw else {}  # 4.46 does not know it
     return {
         **raw,
-        **(token or {"image_token_index": config.image_token_id}),
+        **token,
+        "image_token_index": config.image_token_id,
         "text_config": text,
         "tie_word_embeddings": config.text.tie_word_embeddings,
         "vision_feature_select_strategy": "full",

@@ -272,7 +272,9 @@ def test_umbrella_config_that_is_none(tmp_path):
 def test_write_config(tmp_path):
     source, out = tmp_path / "base", tmp_path / "out"
     source.mkdir()
-    put(source, changed(unknown={"kept": 1}, vision_feature_select_strategy="full", dtype="float16"))
+    raw = changed(unknown={"kept": 1}, vision_feature_select_strategy="full", dtype="float16")
+    raw["image_token_id"] = raw.pop("image_token_index")
+    put(source, raw)
     for name in ("tokenizer.json", "chat_template.jinja", "preprocessor_config.json", "generation_config.json"):
         (source / name).write_text("{}")
     for name in ("model.safetensors", "pytorch_model.bin", "model.safetensors.index.json", "optimizer.pt"):
@@ -292,7 +294,8 @@ def test_write_config(tmp_path):
         "umbrella_config.json",
     ]
     raw = json.loads((out / "config.json").read_text())
-    assert (raw["unknown"], raw["torch_dtype"], raw["image_token_index"]) == ({"kept": 1}, "bfloat16", 335)
+    assert (raw["unknown"], raw["torch_dtype"]) == ({"kept": 1}, "bfloat16")
+    assert raw["image_token_id"] == raw["image_token_index"] == 335
     assert raw["text_config"]["vocab_size"] == 340
     assert "dtype" not in raw
     written = json.loads((out / "umbrella_config.json").read_text())
