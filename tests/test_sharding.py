@@ -143,8 +143,9 @@ def sharded_numbers(fsdp: int, tensor: int) -> tuple[int, int]:
     matrices = 2 * (4 * E * E + 2 * E * F) + 3 * (2 * D * q + 2 * D * kv + 3 * D * G) + E * D + D * D + V * D
     into_heads = 2 * (3 * E + F) + 3 * (q + 2 * kv) + D  # biases
     stream = 2 * (4 * E + 2 * E) + 2 * E + D + 3 * 2 * D + D  # biases and norms of the residual stream
+    norms = 3 * 2 * DH  # of queries and keys
     patch_embed = (30 + 1 + 10) * E + (48 + 1 + 4) * E
-    return matrices // (fsdp * tensor) + into_heads // tensor + stream, patch_embed // fsdp
+    return matrices // (fsdp * tensor) + into_heads // tensor + stream + norms, patch_embed // fsdp
 
 
 @pytest.mark.parametrize("sizes", [ONE, *MESHES])
@@ -513,7 +514,7 @@ def test_evaluation_on_a_mesh_is_one_devices(differentiated: bool) -> None:
             assert relative(slopes[path], leaf) <= 1e-5, path
     np.testing.assert_array_equal(answers, tokens)
     np.testing.assert_allclose(scored, scores, rtol=1e-5)
-    assert len(np.unique(tokens)) > 4
+    assert len(np.unique(tokens)) > 3
 
 
 def test_a_checkpoint_continues_on_another_mesh(run_on: Runs, tmp_path: Any) -> None:

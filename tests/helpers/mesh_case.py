@@ -1,4 +1,4 @@
-"""A model that eight devices divide along every axis, and its batches: for tests of meshes."""
+"""A model with every kind of parameter that eight devices divide along every axis, and its batches: for tests of meshes."""
 
 from functools import cache
 
@@ -36,6 +36,7 @@ MODEL = LlavaConfig(
         rope_theta=1e6,
         max_position_embeddings=512,
         tie_word_embeddings=True,
+        qk_norm=True,  # beside biases, which no published model has: one model with every parameter
     ),
     modalities=MODALITIES,
     image_token_id=1,

@@ -21,7 +21,7 @@ from umbrella_jax.models.attention import attention
 from umbrella_jax.models.layers import Embedding, LayerNorm, Linear, RMSNorm
 from umbrella_jax.models.patch_embed import PatchEmbed, cut_for_tpu, patchify
 from umbrella_jax.models.projector import LlavaMultiModalProjector
-from umbrella_jax.models.qwen import QwenAttention, QwenDecoderLayer, QwenMLP, rope_tables, rotate
+from umbrella_jax.models.qwen import QwenAttention, QwenDecoderLayer, QwenMLP, QwenModel, rope_tables, rotate
 from umbrella_jax.models.siglip import SiglipAttention, SiglipEncoderLayer, SiglipMLP, SiglipVisionModel
 from umbrella_jax.training.freeze import as_trainable
 
@@ -251,7 +251,9 @@ def test_every_remat_policy_gives_the_same_gradient():
     grads = {}
     batch = random_batch(modalities=ONE)
     for remat in ("none", "mlp", "full"):
-        graphdef, params = split(Llava(llava_config(remat=remat, modalities=ONE), rngs=nnx.Rngs(0)))
+        config = llava_config(remat=remat, modalities=ONE)
+        config = replace(config, text=replace(config.text, qk_norm=True))
+        graphdef, params = split(Llava(config, rngs=nnx.Rngs(0)))
         loss = lambda p, g=graphdef: jnp.square(merge(g, p).target_logits(batch)).mean()  # noqa: E731
         grads[remat] = jax.jit(jax.grad(loss))(params)
     for path, leaf in grads["full"].items():  # the same sums, but XLA may add in another order
@@ -273,6 +275,18 @@ def test_remat_policies_recompute_the_products_they_name():
         dots[remat] = str(jaxpr).count("dot_general[")
     embedding = 2
     assert {k: v - embedding for k, v in dots.items()} == {"none": 12 + 2 * 7, "mlp": 13 + 2 * 7, "full": 17 + 2 * 9}
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_norms_of_queries_and_keys_recompute_no_product(qk_norm):
+    """As above for a layer of the language model: 7 products, of which two lead into the MLP."""
+    text = replace(text_config(), qk_norm=qk_norm)
+    dots = {}
+    for remat in ("none", "mlp", "full"):
+        model = QwenModel(text, remat, "xla", "scanned", rngs=nnx.Rngs(0))
+        loss = lambda x, m=model: m(x, jnp.tile(jnp.arange(29), (3, 1)), jnp.full(3, 29)).sum()  # noqa: E731
+        dots[remat] = str(jax.make_jaxpr(jax.grad(loss))(jnp.ones((3, 29, 30)))).count("dot_general[")
+    assert dots == {"none": 14 + 2 * 7, "mlp": 16 + 2 * 7, "full": 20 + 2 * 9}
 
 
 @pytest.fixture

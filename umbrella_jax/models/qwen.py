@@ -115,7 +115,9 @@ class QwenAttention(nnx.Module):
 
         Returns the output, the rotated keys and the values.
         """
-        projected = (proj(x) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        projected = [proj(x) for proj in (self.q_proj, self.k_proj, self.v_proj)]
+        if self.q_norm is not None:  # whose gradient needs its input: remat policies keep that
+            projected = [checkpoint_name(y, "qkv") for y in projected]
         q, k, v = (split_heads(y.reshape(*x.shape[:2], -1, self.head_dim)) for y in projected)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -188,8 +190,13 @@ class QwenModel(nnx.Module):
         self, x: Float[Array, "B T D"], positions: Int[AnyArray, "B T"], lengths: Int[AnyArray, "B"]
     ) -> Float[Array, "B T D"]:
         cos, sin = rope_tables(positions, self.config.head_dim, self.config.rope_theta)
-        attend = partial(attention, causal=True, lengths=lengths, backend=self.backend)
+        attend = self._attention(lengths)
         return self.norm(run_layers(self.layers, x, cos, sin, attend, remat=self.remat, loop=self.loop))
+
+    def _attention(self, lengths: Int[AnyArray, "B"]) -> Callable[..., Array]:
+        """Return causal attention; with norms, remat policies do not keep what it takes (see `QwenAttention`)."""
+        name = "normalised" if self.config.qk_norm else "qkv"
+        return partial(attention, causal=True, lengths=lengths, backend=self.backend, name=name)
 
     def with_answers(
         self,
@@ -210,7 +217,7 @@ class QwenModel(nnx.Module):
         tables = rope_tables(positions, self.config.head_dim, self.config.rope_theta)
         node_positions = prompt_lengths[:, None] + tree.depths[:, 1:] - 1
         node_tables = rope_tables(node_positions, self.config.head_dim, self.config.rope_theta)
-        attend = partial(attention, causal=True, lengths=lengths, backend=self.backend)
+        attend = self._attention(lengths)
         used = jnp.arange(x.shape[1])[None] < prompt_lengths[:, None]
         sees = visible_nodes(tree)[:, 1:, 1:]
 
@@ -227,7 +234,7 @@ class QwenModel(nnx.Module):
         self, x: Float[Array, "B T D"], positions: Int[AnyArray, "B T"], lengths: Int[AnyArray, "B"]
     ) -> tuple[Float[Array, "B T D"], KVCache]:
         """Return what a call returns, and the cache from which `extend` continues."""
-        attend = partial(attention, causal=True, lengths=lengths, backend=self.backend)
+        attend = self._attention(lengths)
         hidden, k, v = self._with_keys_and_values(x, positions, attend)
         used = jnp.arange(x.shape[1])[None] < lengths[:, None]
         return hidden, KVCache(k=k, v=v, used=used)

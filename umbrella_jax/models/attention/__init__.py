@@ -38,6 +38,7 @@ def attention(
     causal: bool,
     lengths: Int[AnyArray, "B"] | None = None,
     backend: AttentionBackend = "xla",
+    name: str = "qkv",
 ) -> Float[Array, "B T H Dh"]:
     """Return softmax(q·kᵀ/√Dh + mask)·v with the softmax in float32, in q's dtype.
 
@@ -49,17 +50,21 @@ def attention(
         causal: whether a query sees only keys up to its own position.
         lengths: keys in use, counted from the left; None for all. Padding queries see these keys too.
         backend: one that runs on these devices (`choose_backend`).
+        name: name of q, k and v for remat policies, which keep `qkv`.
     """
     chex.assert_equal_shape([k, v])
     chex.assert_equal_shape_prefix([q, k], 1)
-    if backend != "splash":  # which keeps them in the kernel's layout
-        q, k, v = (checkpoint_name(x, "qkv") for x in (q, k, v))
+    attend = partial(_BACKENDS[backend], causal=causal)
+    if backend == "splash":
+        attend = partial(attend, name=name)  # it keeps them in the kernel's layout
+    else:
+        q, k, v = (checkpoint_name(x, name) for x in (q, k, v))
     kv = k.shape[2]
     if (times := math.lcm(kv, ways(HEADS)) // kv) > 1:
         k, v = (jnp.repeat(x, times, axis=2) for x in (k, v))
     heads = PartitionSpec(ROWS, None, HEADS)
     specs = {"in_specs": (heads, heads, heads, PartitionSpec(ROWS)), "out_specs": heads}
-    return local(partial(_BACKENDS[backend], causal=causal), **specs, check_vma=False)(q, k, v, lengths)
+    return local(attend, **specs, check_vma=False)(q, k, v, lengths)
 
 
 def extension_attention(

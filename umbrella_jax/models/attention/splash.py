@@ -42,12 +42,13 @@ def splash_attention(
     lengths: Int[AnyArray, "B"] | None,
     *,
     causal: bool,
+    name: str = "qkv",
 ) -> Float[Array, "B T H Dh"]:
     """Compute `attention` on one device."""
     lengths = jnp.full(k.shape[:1], k.shape[1], jnp.int32) if lengths is None else lengths
     scaled = (q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(q.dtype)  # splash does not scale
     # Pad to whole tiles before the values are kept: they take no more memory, and are not padded again.
-    tiles = (_keep(_pad(x.transpose(0, 2, 3, 1), _LANES), "qkv") for x in (scaled, k, v))
+    tiles = (_keep(_pad(x.transpose(0, 2, 3, 1), _LANES), name) for x in (scaled, k, v))
     return _attention(*tiles, lengths, causal)[..., : q.shape[1]].transpose(0, 3, 1, 2)
 
 
