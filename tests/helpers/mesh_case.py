@@ -1,4 +1,4 @@
-"""A model with every kind of parameter that eight devices divide along every axis, and its batches: for tests of meshes."""
+"""A model with every kind of parameter, which eight devices divide along every axis, and its batches: for meshes."""
 
 from functools import cache
 
