@@ -87,6 +87,8 @@ class Layout:
     """Name of transformers' classes without `Config` and `ForConditionalGeneration`."""
     image_newline: bool
     """Whether there is an embedding that ends the rows of an image; volumes never use it."""
+    feature_layer: int
+    """Default `vision_feature_layer`."""
     only: tuple[Only, ...]
 
 
@@ -199,10 +201,10 @@ LAYOUTS: Mapping[str, Layout] = {
         image_token=32000,
         torch_name="Llava",
         image_newline=False,
+        feature_layer=-2,
         only=(
             *_PROJECTOR_ONLY,
             Only("vision_feature_select_strategy", "default", "full", "SigLIP has no CLS token to drop"),
-            Only("vision_feature_layer", -2, -1, "features are the last layer's output"),
             *_EVERYWHERE,
         ),
     ),
@@ -214,10 +216,10 @@ LAYOUTS: Mapping[str, Layout] = {
         image_token=151646,
         torch_name="LlavaOnevision",
         image_newline=True,
+        feature_layer=-1,
         only=(
             *_PROJECTOR_ONLY,
             Only("vision_feature_select_strategy", "full", "full", "SigLIP has no CLS token to drop"),
-            Only("vision_feature_layer", -1, -1, "features are the last layer's output"),
             *_EVERYWHERE,
         ),
     ),

@@ -181,6 +181,20 @@ def _rope_theta(section: _Section, faults: list[str]) -> float:
     return float(section.checked("rope_theta", stated[0] if stated else section.defaults["rope_theta"], float))
 
 
+def _unused_layers(raw: Mapping[str, Any], layout: Layout, layers: int, faults: list[str]) -> int:
+    """Return how many of the tower's `layers` are above the one whose output the features are.
+
+    `vision_feature_layer` counts as transformers' `hidden_states`, in which 0 is the patch embedding's output.
+    """
+    layer = raw.get("vision_feature_layer", layout.feature_layer)
+    if type(layer) is not int or not 1 <= abs(layer) <= layers:
+        if layers:  # else a fault already
+            remedy = f"expected one layer: 1 to {layers}, or -{layers} to -1 counted from the last"
+            faults.append(unsupported("vision_feature_layer", layer, raw, remedy))
+        return 0
+    return layers - range(layers + 1)[layer]
+
+
 def _tied(raw: Mapping[str, Any]) -> bool:
     """Return whether the head is tied to the embeddings, as transformers 5 decides.
 
@@ -255,10 +269,12 @@ def describe_model(raw: dict[str, Any], faults: list[str]) -> LlavaConfig:
 
     v = _Section("vision_config.", sections["vision_config"], tower.defaults, faults)
     t = _Section("text_config.", sections["text_config"], decoder.defaults, faults)
+    layers = v.get("num_hidden_layers")
     vision = SiglipConfig(
         hidden_size=v.get("hidden_size"),
         intermediate_size=v.get("intermediate_size"),
-        num_hidden_layers=v.get("num_hidden_layers"),
+        num_hidden_layers=layers,
+        num_unused_layers=_unused_layers(raw, layout, layers, faults),
         num_attention_heads=v.get("num_attention_heads"),
         layer_norm_eps=v.get("layer_norm_eps", float),
     )

@@ -11,6 +11,7 @@ from typing import Any
 from convert.hub import parse_hub_name
 from umbrella_jax.config.schema import ModalityConfig, Template
 from umbrella_jax.models.llava import LlavaConfig
+from umbrella_jax.models.siglip import SiglipConfig
 
 SMALL = 10
 """Smallest number of people that a card states; smaller ones could be recognised."""
@@ -55,7 +56,7 @@ _CARD = """---
 ---
 # {folder}: a vision-language model for brain MRI
 
-A LLaVA, {tower} ({vision_layers} layers, {vision_width} wide), projector and {decoder} ({text_layers} layers,
+A LLaVA, {tower} ({vision_layers}, {vision_width} wide), projector and {decoder} ({text_layers} layers,
 {text_width} wide, {vocab} words), whose 2D patch embedding is replaced by one for volumes. Written by umbrella-jax
 {version}.
 
@@ -182,7 +183,7 @@ def model_card(
         text=text,
         tower=titles[0],
         decoder=titles[1],
-        vision_layers=config.vision.num_hidden_layers,
+        vision_layers=_layers(config.vision),
         vision_width=config.vision.hidden_size,
         text_layers=config.text.num_hidden_layers,
         text_width=config.text.hidden_size,
@@ -196,6 +197,12 @@ def model_card(
         base="\n".join(lines),
         folder=folder,
     )
+
+
+def _layers(tower: SiglipConfig) -> str:
+    """Return the number of a tower's layers, and which one the features come from if it is not the last."""
+    layers = f"{tower.num_hidden_layers} layers"
+    return f"{layers}, features from layer {tower.num_used_layers}" if tower.num_unused_layers else layers
 
 
 def _front_matter(folder: str, base: str | None, license: Mapping[str, str], metrics: Sequence[TaskMetric]) -> str:

@@ -1,16 +1,25 @@
 """Map the tensors of a Hugging Face checkpoint to JAX parameters: one table, used in both directions.
 
 A parameter's path is the hub's name of the tensor without the layer's number, since layers are stacked on axis 0. The
-only other difference is the shape, so each rule has a reshape, and its inverse reshapes back.
+tower's layers that do not run are a stack of their own. The only other difference is the shape, so each rule has a
+reshape, and its inverse reshapes back.
 """
 
 import re
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from umbrella_jax.config.schema import ModalityConfig
 from umbrella_jax.models.llava import LlavaConfig, abstract_params
-from umbrella_jax.models.paths import EMBEDDINGS, LANGUAGE_MODEL, PROJECTOR, VISION_MODEL, modality_of
+from umbrella_jax.models.paths import (
+    EMBEDDINGS,
+    ENCODER,
+    LANGUAGE_MODEL,
+    PROJECTOR,
+    UNUSED_LAYERS,
+    VISION_MODEL,
+    modality_of,
+)
 
 Shape = tuple[int, ...]
 FileShape = Callable[[Shape, ModalityConfig | None], Shape]
@@ -34,11 +43,14 @@ class TensorRule:
     name: str
     """Name on the hub, with {i} for the layer's number and {m} for the modality."""
     file_shape: FileShape = _identity
+    is_unused: bool = False
+    """Whether it is of the tower's layers that do not run, whose numbers follow those of the others."""
 
     @property
     def path(self) -> str:
         """Path of the JAX parameter, with {m} for the modality."""
-        return self.name.replace(".{i}", "")
+        path = self.name.replace(".{i}", "")
+        return path.replace(ENCODER, UNUSED_LAYERS) if self.is_unused else path
 
 
 _QWEN = LANGUAGE_MODEL + "model."
@@ -46,7 +58,7 @@ EMBED = _QWEN + "embed_tokens.weight"
 LM_HEAD = LANGUAGE_MODEL + "lm_head.weight"
 IMAGE_NEWLINE = "image_newline"
 
-TENSOR_RULES: tuple[TensorRule, ...] = (
+_USED: tuple[TensorRule, ...] = (
     TensorRule(EMBED),
     TensorRule(_QWEN + "layers.{i}.input_layernorm.weight"),
     TensorRule(_QWEN + "layers.{i}.self_attn.q_proj.weight"),
@@ -91,6 +103,7 @@ TENSOR_RULES: tuple[TensorRule, ...] = (
     TensorRule(VISION_MODEL + "post_layernorm.weight"),
     TensorRule(VISION_MODEL + "post_layernorm.bias"),
 )
+TENSOR_RULES = (*_USED, *(replace(rule, is_unused=True) for rule in _USED if rule.name.startswith(ENCODER)))
 
 # SigLIP's embedding of 2D images, in a stock checkpoint; the volume patch embedding replaces it.
 REPLACED: frozenset[str] = frozenset(
@@ -186,5 +199,8 @@ def map_tensors(config: LlavaConfig, names: Mapping[str, str] | None = None) -> 
             if "{i}" in name:
                 layers, shape = list(range(shape[0])), shape[1:]
             file_shape = rule.file_shape(shape, config.modalities[modality] if modality is not None else None)
-            mappings += [TensorMapping(name.replace("{i}", str(i)), file_shape, path, i, shape) for i in layers]
+            first = config.vision.num_used_layers if rule.is_unused else 0
+            mappings += [
+                TensorMapping(name.replace("{i}", str(first + (i or 0))), file_shape, path, i, shape) for i in layers
+            ]
     return mappings

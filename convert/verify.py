@@ -189,6 +189,7 @@ def compare_reading(description: Path, config: LlavaConfig, *, grown: bool) -> l
         rope = getattr(text, "rope_parameters", None) or {"rope_theta": getattr(text, "rope_theta", None)}
         tied = theirs.tie_word_embeddings if transformers.__version__ >= "5" else text.tie_word_embeddings
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        states = range(vision.num_hidden_layers + 1)  # numbers of the tower's `hidden_states`
         described = DECODERS[text.model_type]  # says what is not a field of the config
         known = {
             "qkv_bias": described.qkv_bias,
@@ -196,10 +197,14 @@ def compare_reading(description: Path, config: LlavaConfig, *, grown: bool) -> l
             "rope_theta": rope["rope_theta"],
             "tie_word_embeddings": bool(tied),
             "head_dim": head_dim,
+            "num_unused_layers": vision.num_hidden_layers - states[theirs.vision_feature_layer],
         }
         fields = [
-            *((f"vision.{key}", value, getattr(vision, key)) for key, value in asdict(config.vision).items()),
-            *((f"text.{k}", v, known[k] if k in known else getattr(text, k)) for k, v in asdict(config.text).items()),
+            *(
+                (f"{part}.{k}", v, known[k] if k in known else getattr(section, k))
+                for part, ours, section in (("vision", config.vision, vision), ("text", config.text, text))
+                for k, v in asdict(ours).items()
+            ),
             ("image_token_id", config.image_token_id, theirs.image_token_index),
         ]
     except Exception as error:  # its checks may raise any exception

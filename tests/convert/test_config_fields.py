@@ -68,7 +68,7 @@ LAYOUT = {
     "image_token_index": Read(319),
     "projector_hidden_act": Refused("relu"),
     "vision_feature_select_strategy": Refused("default"),
-    "vision_feature_layer": Refused(-2),
+    "vision_feature_layer": Read(1),
     "multimodal_projector_bias": Refused(False),
     "tie_word_embeddings": Read(True),
 }
@@ -113,7 +113,7 @@ TABLE: dict[type, dict[str, Read | Refused | Unused]] = {
     | {
         "hidden_size": Read(39),
         "intermediate_size": Read(53),
-        "num_hidden_layers": Read(3),
+        "num_hidden_layers": Read(4),
         "num_attention_heads": Read(4),
         "num_channels": Unused(1, "the patch embedding of volumes replaces that of images"),
         "image_size": Unused(56, "the patch embedding of volumes replaces that of images"),

@@ -66,11 +66,13 @@ def test_version_4():
         "num_hidden_layers": 3,
         "num_attention_heads": 5,
         "layer_norm_eps": 1e-6,
+        "num_unused_layers": 0,
     }
-    # what runs have recorded since before biases and norms were options, so that they can be resumed
-    recorded = dataclasses.asdict(config.text)
-    del recorded["qkv_bias"], recorded["qk_norm"]
-    assert config.architecture == {"vision": dataclasses.asdict(config.vision), "text": recorded}
+    # what runs have recorded since before biases, norms and the layer of the features were options, so that they can
+    # be resumed
+    tower, recorded = dataclasses.asdict(config.vision), dataclasses.asdict(config.text)
+    del recorded["qkv_bias"], recorded["qk_norm"], tower["num_unused_layers"]
+    assert config.architecture == {"vision": tower, "text": recorded}
     assert (config.image_token_id, config.compute_dtype, config.remat) == (320, "bfloat16", "full")
     assert dict(config.modalities) == MODALITIES
 
@@ -93,17 +95,26 @@ def test_absent_fields_have_the_defaults_of_transformers(tmp_path):
         "image_token_index": 320,
         "text_config": {"model_type": "qwen2"},
         "vision_config": {"model_type": "siglip_vision_model", "vision_use_head": False},
-        "vision_feature_layer": -1,
         "vision_feature_select_strategy": "full",
     }
     config = read_config(put(tmp_path, raw), MODALITIES)
     theirs = LlavaConfig.from_dict(raw)
+    assert (config.vision.num_unused_layers, theirs.vision_feature_layer) == (1, -2)
     for ours, section in ((config.text, theirs.text_config), (config.vision, theirs.vision_config)):
         for field in dataclasses.fields(ours):
-            if field.name not in ("rope_theta", "head_dim", "qkv_bias", "qk_norm"):
+            if field.name not in ("rope_theta", "head_dim", "qkv_bias", "qk_norm", "num_unused_layers"):
                 assert getattr(ours, field.name) == getattr(section, field.name), field.name
     assert config.text.rope_theta == theirs.text_config.rope_parameters["rope_theta"]
     assert config.text.head_dim == 128
+
+
+@pytest.mark.parametrize(("layer", "unused"), [(-1, 0), (3, 0), (-2, 1), (2, 1), (..., 1), (1, 2), (-3, 2)])
+def test_counts_the_layers_above_the_features(tmp_path, layer, unused):
+    """Their number among the three layers follows from `vision_feature_layer`, which an export keeps as it is."""
+    raw = changed(vision_feature_layer=layer)
+    config = read_config(put(tmp_path, raw), MODALITIES)
+    assert config.vision.num_unused_layers == unused
+    assert hf_dict(raw, config).get("vision_feature_layer", ...) == layer
 
 
 def test_kv_heads_null_means_heads(tmp_path):
@@ -132,9 +143,11 @@ def test_tied_embeddings_are_read_as_transformers_5_reads_them(tmp_path, top, te
         ("multimodal_projector_bias", False),
         ("vision_feature_select_strategy", "default"),
         ("vision_feature_select_strategy", ...),
-        ("vision_feature_layer", -2),
+        ("vision_feature_layer", 0),
+        ("vision_feature_layer", 4),
+        ("vision_feature_layer", -4),
+        ("vision_feature_layer", True),
         ("vision_feature_layer", [-1, -2]),
-        ("vision_feature_layer", ...),
         ("quantization_config", {"bits": 4}),
         ("vision__model_type", "clip_vision_model"),
         ("vision__hidden_act", "gelu"),

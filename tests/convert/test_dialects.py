@@ -23,7 +23,7 @@ from umbrella_jax.checkpoints.checkpoint import Checkpoint
 from umbrella_jax.errors import CheckpointError
 
 TOWER = "google/siglip-tiny-patch7-28"
-SOURCES = {"interleave": "qwen2", "onevision": "onevision", "tinyllava": "qwen2-untied"}
+SOURCES = {"interleave": "last-layer", "onevision": "onevision", "tinyllava": "qwen2-untied"}
 """{kind of checkpoint: base of the same model in the hub's layout}."""
 
 # Verbatim: config.json of lmms-lab/llava-next-interleave-qwen-0.5b.
@@ -181,7 +181,8 @@ def write_dialect(directory: Path, source: Path, kind: str, **fields: Any) -> Pa
     tensors = load_file(source / "model.safetensors")
     if kind == "tinyllava":
         vision = hub["vision_config"] | {"model_name_or_path": "google/siglip", "vision_use_head": True}
-        raw = TINYLLAVA | {"text_config": text, "vision_config": vision, "image_token_index": IMAGE_ID}
+        own = {key: hub[key] for key in ("image_token_index", "vision_feature_layer")}
+        raw = TINYLLAVA | {"text_config": text, "vision_config": vision} | own
         tensors = {tinyllava_name(name): tensor for name, tensor in tensors.items()}
         tensors["vision_tower._vision_tower.vision_model.head.probe"] = torch.ones(1, 1, 36)
     else:

@@ -567,10 +567,10 @@ def test_config(copy: Callable[..., Path], good: Path, tmp_path: Path, change: C
 
 
 def test_config_of_fewer_layers(copy: Callable[..., Path]) -> None:
-    directory = copy("one", config("vision_config", num_hidden_layers=1))
+    directory = copy("one", config("vision_config", num_hidden_layers=2))
     faults = refused(directory, read_config(directory))
     assert len(faults) == 16
-    assert all(f"{directory / SINGLE}: vision_tower.vision_model.encoder.layers.1." in fault for fault in faults)
+    assert all(f"{directory / SINGLE}: vision_tower.vision_model.encoder.layers.2." in fault for fault in faults)
 
 
 # NaN and infinity, which only `--check-finite` detects.

@@ -79,10 +79,10 @@ TEXT = {
 
 
 def llava(text: PreTrainedConfig, vision: PreTrainedConfig | None = None, **fields: Any) -> LlavaConfig:
-    """Return a LLaVA of a language model and a tower, by default SigLIP."""
-    own = {"image_token_index": IMAGE_ID, "vision_feature_layer": -1, "vision_feature_select_strategy": "full"}
-    tied = text.tie_word_embeddings
-    return LlavaConfig(vision_config=vision or siglip(), text_config=text, tie_word_embeddings=tied, **own | fields)
+    """Return a LLaVA of a language model and a tower, by default a SigLIP of 3 layers whose last does not run."""
+    own = {"image_token_index": IMAGE_ID, "vision_feature_layer": -2, "vision_feature_select_strategy": "full"}
+    tied, vision = text.tie_word_embeddings, vision or siglip(num_hidden_layers=3)
+    return LlavaConfig(vision_config=vision, text_config=text, tie_word_embeddings=tied, **own | fields)
 
 
 BASES: Mapping[str, Callable[[], PreTrainedConfig]] = {
@@ -100,6 +100,8 @@ BASES: Mapping[str, Callable[[], PreTrainedConfig]] = {
     "onevision": lambda: LlavaOnevisionConfig(
         vision_config=siglip(), text_config=Qwen2Config(**TEXT), image_token_index=IMAGE_ID, video_token_index=321
     ),
+    "last-layer": lambda: llava(Qwen2Config(**TEXT), siglip(), vision_feature_layer=-1),
+    "first-layer": lambda: llava(Qwen2Config(**TEXT), siglip(num_hidden_layers=4), vision_feature_layer=1),
 }
 """{name: makes transformers' own config of a base}: layouts, towers and language models that are supported.
 

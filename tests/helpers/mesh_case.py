@@ -22,7 +22,12 @@ MODALITIES = {
 PATCHES = {name: modality.num_patches for name, modality in MODALITIES.items()}
 MODEL = LlavaConfig(
     vision=SiglipConfig(
-        hidden_size=E, intermediate_size=F, num_hidden_layers=2, num_attention_heads=HEADS, layer_norm_eps=1e-6
+        hidden_size=E,
+        intermediate_size=F,
+        num_hidden_layers=3,
+        num_attention_heads=HEADS,
+        num_unused_layers=1,
+        layer_norm_eps=1e-6,
     ),
     text=QwenConfig(
         vocab_size=V,

@@ -106,7 +106,12 @@ def first_moments(opt_state: Any) -> Params:
 
 SMALL_MODALITIES = {"T1": ModalityConfig(size=(7, 11, 5), patch=(3, 2, 5))}  # 10 patches of 30 voxels
 VISION = SiglipConfig(
-    hidden_size=21, intermediate_size=37, num_hidden_layers=2, num_attention_heads=3, layer_norm_eps=1e-6
+    hidden_size=21,
+    intermediate_size=37,
+    num_hidden_layers=4,
+    num_attention_heads=3,
+    num_unused_layers=2,
+    layer_norm_eps=1e-6,
 )
 TEXT = QwenConfig(
     vocab_size=53,

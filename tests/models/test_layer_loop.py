@@ -52,7 +52,7 @@ def test_gradients_are_those_of_scanned_layers(remat):
     config = SiglipConfig(
         hidden_size=6, intermediate_size=10, num_hidden_layers=3, num_attention_heads=2, layer_norm_eps=1e-6
     )
-    graphdef, stacked = nnx.split(SiglipEncoder(config, rngs=nnx.Rngs(0)).layers)
+    graphdef, stacked = nnx.split(SiglipEncoder(config, 3, rngs=nnx.Rngs(0)).layers)
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 6)), jnp.float32)
     attend = partial(attention, causal=False)
     frozen = {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(stacked)}

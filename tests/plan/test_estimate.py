@@ -48,7 +48,7 @@ from umbrella_jax.sharding import MeshShape, mesh_shapes
 
 # A model whose every size can be told from the others: 12 patches of 30 numbers, 8 text tokens, so 20 positions.
 N, P, T, K = 12, 30, 20, 8
-E, F, LV, HV = 8, 14, 3, 4
+E, F, LV, UNUSED, HV = 8, 14, 3, 7, 4
 D, G, LT, HT, KV, DH, V = 24, 10, 5, 6, 2, 4, 50
 MODALITY = ModalityConfig(size=(4, 9, 10), patch=(2, 3, 5))
 OTHER = ModalityConfig(size=(4, 4, 4), patch=(2, 2, 2))
@@ -58,7 +58,12 @@ def tiny(*groups: str, tied: bool = True, dtype: str = "float32", lora: LoraConf
     """Counts of the tiny model that trains `groups`."""
     model = LlavaConfig(
         vision=SiglipConfig(
-            hidden_size=E, intermediate_size=F, num_hidden_layers=LV, num_attention_heads=HV, layer_norm_eps=1e-6
+            hidden_size=E,
+            intermediate_size=F,
+            num_hidden_layers=LV + UNUSED,
+            num_attention_heads=HV,
+            num_unused_layers=UNUSED,
+            layer_norm_eps=1e-6,
         ),
         text=QwenConfig(
             vocab_size=V,
@@ -205,7 +210,7 @@ def test_adapters_by_hand() -> None:
 def test_bytes_by_hand(dtype: str, size: int) -> None:
     counted = tiny(dtype=dtype)
     trained = (P + 1) * E + N * E + (8 + 1) * E + 8 * E  # both modalities' patch embeddings
-    vision = LV * (4 * E + 4 * (E * E + E) + 2 * E * F + F + E)
+    vision = (LV + UNUSED) * (4 * E + 4 * (E * E + E) + 2 * E * F + F + E)
     text = V * D + D + LT * (2 * D + (HT + 2 * KV) * DH * (D + 1) + HT * DH * D + 3 * D * G)
     frozen = 2 * (vision + text + (E * D + D) + (D * D + D) + 2 * E)
     one = counted.device_bytes(MeshShape(), 1, "none")
@@ -222,10 +227,11 @@ def test_bytes_by_hand(dtype: str, size: int) -> None:
     for policy, expected in kept.items():
         assert counted.device_bytes(MeshShape(), 1, policy)["activations"] == expected + ends
     split = counted.device_bytes(MeshShape(data=3, fsdp=4, tensor=2), 24, "none")  # two conversations on each
-    into = LV * (3 * E + F) + LT * (HT + 2 * KV) * DH + D  # biases of what goes into heads and MLPs
-    stream = LV * 6 * E + 2 * E + D + LT * 2 * D + D  # biases and norms of the residual stream
-    assert 2 * (matrices() + into + stream) == frozen
-    assert split["frozen weights"] == 2 * (matrices() / 8 + into / 2 + stream)
+    unused = UNUSED * (4 * E * E + 2 * E * F)
+    into = (LV + UNUSED) * (3 * E + F) + LT * (HT + 2 * KV) * DH + D  # biases of what goes into heads and MLPs
+    stream = (LV + UNUSED) * 6 * E + 2 * E + D + LT * 2 * D + D  # biases and norms of the residual stream
+    assert 2 * (matrices() + unused + into + stream) == frozen
+    assert split["frozen weights"] == 2 * ((matrices() + unused) / 8 + into / 2 + stream)
     assert split["gathered weights"] == size * max(2 * text_layer(), V * D) / 2
     assert split["trained weights and moments"] == 12 * trained / 4
     whole = 2 * size * (LV * N * E + LT * T * D)  # the residual stream, twice a layer, is on each device of `tensor`
@@ -234,7 +240,7 @@ def test_bytes_by_hand(dtype: str, size: int) -> None:
 
 
 def matrices() -> int:
-    """Numbers in all frozen ones of the tiny model, its table of words among them."""
+    """Numbers in all frozen ones of the tiny model that are used, its table of words among them."""
     vision, text = 4 * E * E + 2 * E * F, 2 * D * HT * DH + 2 * D * KV * DH + 3 * D * G
     return LV * vision + LT * text + E * D + D * D + V * D
 
@@ -312,7 +318,7 @@ def test_estimates_are_close_to_measurements_on_a_gpu(size: str, scan: str, tmp_
 
 @cache
 def one_layer_flops(size: str, remat: RematPolicy, *, adapters: bool = False) -> tuple[float, float]:
-    """Return our count and XLA's of a step at the real widths, one layer per tower.
+    """Return our count and XLA's of a step at the real widths, one layer per tower and one more that does not run.
 
     XLA counts a loop's body once: the step is lowered without loops.
     """
@@ -322,7 +328,8 @@ def one_layer_flops(size: str, remat: RematPolicy, *, adapters: bool = False) ->
         mock.patch.object(jax.lax, "scan", partial(jax.lax.scan, unroll=True)),
         mock.patch.object(jax.lax, "map", lambda function, xs: jax.vmap(function)(xs)),
     ):
-        run, model = full_size(Path(folder), size, "float32", layers=1, vision_layers=1, remat=remat, lora=lora)
+        run, model = full_size(Path(folder), size, "float32", layers=1, vision_layers=2, remat=remat, lora=lora)
+        model = replace(model, vision=replace(model.vision, num_unused_layers=1))
         groups = dict.fromkeys(["patch_embed", *(["lora"] if lora else [])], GroupConfig())
         run = replace(run, model=replace(run.model, lora=lora), train=replace(run.train, groups=groups))
         cost = lowered(run, model, 1).cost_analysis()

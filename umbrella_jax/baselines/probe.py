@@ -13,7 +13,7 @@ from umbrella_jax.inference.features import Tower
 
 
 class ProbeBaseline(ScanBaseline):
-    """Regression on the mean over patches of the tower's last hidden state, in the first window of a run."""
+    """Regression on the mean over patches of the tower's features, in the first window of a run."""
 
     name: ClassVar[str] = "probe"
     title: ClassVar[str] = "probe"
@@ -33,7 +33,7 @@ class ProbeBaseline(ScanBaseline):
                 features |= dict(zip(part, rows, strict=True))
         patch_embed = "as the run trained it" if checkpoint.runs else "as a run would start it, not trained"
         note = (
-            f"probe: on the mean over patches of the tower's last hidden state of {checkpoint.path}, patch embedding "
+            f"probe: on the mean over patches of the tower's features of {checkpoint.path}, patch embedding "
             f"{patch_embed}; {len(features)} scans in {time.monotonic() - began:.0f} s."
         )
         return features, [note]

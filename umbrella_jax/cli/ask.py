@@ -135,7 +135,7 @@ def add(commands: Any) -> None:
         choices=["tower", "projector"],
         default="tower",
         metavar="NAME",
-        help="tower: its last hidden state (default); or projector: its output",
+        help="tower: the hidden state that the projector takes (default); or projector: its output",
     )
     features.add_argument("--patches", action="store_true", help="also write the features of each patch")
     features.add_argument("--float16", action="store_true", help="write float16, in half the space of float32")

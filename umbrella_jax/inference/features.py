@@ -83,8 +83,9 @@ class Tower:
     def __call__(self, name: str, volumes: np.ndarray, *, patches: bool = False) -> np.ndarray:
         """Return the features of volumes [M, *size] of modality `name`, float32 [M, E], or [M, N, E] per patch.
 
-        They are the tower's last hidden state, before `post_layernorm`, which the projector receives; or the
-        projector's output. Without `patches`, the mean over patches.
+        They are the hidden state of the tower that the projector receives: the output of the layer that config.json
+        names (`vision_feature_layer`), before `post_layernorm`; or the projector's output. Without `patches`, the mean
+        over patches.
         """
         options = {"graphdef": self._graphdef, "dtype": self._dtype, "name": name, "patches": patches}
         return np.asarray(_features(self._params, volumes, **options))

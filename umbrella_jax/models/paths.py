@@ -1,8 +1,8 @@
 """Names of parameters: the component, modality and adapter that a parameter belongs to.
 
 A parameter's path joins the attributes that lead to it by dots, as in `language_model.model.embed_tokens.weight`. The
-name of the tensor on the hub is the same, with the number of its layer after `layers.` (convert/rules.py). The
-functions here take both.
+name of the tensor on the hub is the same, with the number of its layer after `layers.`, but for the tower's unused
+layers, which the hub names as the others (convert/rules.py). The functions here take both.
 """
 
 import re
@@ -11,6 +11,8 @@ from fnmatch import fnmatchcase
 VISION_TOWER = "vision_tower."
 VISION_MODEL = VISION_TOWER + "vision_model."
 EMBEDDINGS = VISION_MODEL + "embeddings."
+ENCODER = VISION_MODEL + "encoder."
+UNUSED_LAYERS = VISION_MODEL + "unused."
 PROJECTOR = "multi_modal_projector."
 LANGUAGE_MODEL = "language_model."
 
@@ -18,13 +20,13 @@ FROZEN, UNUSED = "frozen", "unused"
 
 COMPONENTS: dict[str, str] = {
     "patch_embed": EMBEDDINGS + "*",
-    "vision_tower": VISION_MODEL + "encoder.*",
+    "vision_tower": ENCODER + "*",
     "projector": PROJECTOR + "*",
     "language_model": LANGUAGE_MODEL + "*",
 }
 """{component: pattern of its parameters' paths}. Parameters that match no pattern cannot train, because
-they do not affect the loss: SigLIP's `post_layernorm`, whose output LLaVA ignores, and LLaVA-OneVision's
-`image_newline`, which volumes do not use."""
+they do not affect the loss: SigLIP's layers above the one whose output LLaVA takes, its `post_layernorm`, and
+LLaVA-OneVision's `image_newline`, which volumes do not use."""
 
 _MODALITY = re.compile(re.escape(EMBEDDINGS) + r"(.+)_(?:proj\.(?:weight|bias)|positional_embeddings)")
 _ADAPTER = re.compile(r"(.+)\.lora_([AB])\.weight")

@@ -27,8 +27,16 @@ class SiglipConfig:
     hidden_size: int
     intermediate_size: int
     num_hidden_layers: int
+    """All layers, those that do not run included."""
     num_attention_heads: int
     layer_norm_eps: float
+    num_unused_layers: int = 0
+    """Layers above the one whose output LLaVA takes as features (`vision_feature_layer`), which do not run."""
+
+    @property
+    def num_used_layers(self) -> int:
+        """Layers that run."""
+        return self.num_hidden_layers - self.num_unused_layers
 
 
 class SiglipAttention(nnx.Module):
@@ -76,24 +84,27 @@ class SiglipEncoderLayer(nnx.Module):
 class SiglipEncoder(nnx.Module):
     """The layers, stacked on axis 0 of their parameters."""
 
-    def __init__(self, config: SiglipConfig, *, rngs: nnx.Rngs):
-        self.layers = stack_layers(lambda rngs: SiglipEncoderLayer(config, rngs=rngs), config.num_hidden_layers, rngs)
+    def __init__(self, config: SiglipConfig, num_layers: int, *, rngs: nnx.Rngs):
+        self.layers = stack_layers(lambda rngs: SiglipEncoderLayer(config, rngs=rngs), num_layers, rngs)
 
 
 class SiglipVisionTransformer(nnx.Module):
-    """Patch embedding and encoder; `post_layernorm` is kept only for lossless conversion.
+    """Patch embedding and encoder; `unused` and `post_layernorm` are kept only for lossless conversion.
 
-    LLaVA takes the last layer's output *before* `post_layernorm`, so its parameters never reach the loss.
+    LLaVA takes the output of the encoder's last layer, so the parameters of the layers above it (`unused`, if there are
+    any) and of `post_layernorm` never reach the loss.
     """
 
     def __init__(self, config: SiglipConfig, modalities: Mapping[str, ModalityConfig], *, rngs: nnx.Rngs):
         self.embeddings = PatchEmbed(modalities, config.hidden_size, rngs=rngs)
-        self.encoder = SiglipEncoder(config, rngs=rngs)
+        self.encoder = SiglipEncoder(config, config.num_used_layers, rngs=rngs)
+        above = config.num_unused_layers
+        self.unused = SiglipEncoder(config, above, rngs=rngs) if above else None
         self.post_layernorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
 
 class SiglipVisionModel(nnx.Module):
-    """Volumes of one modality → hidden states of the last layer."""
+    """Volumes of one modality → hidden states of the last layer that runs."""
 
     def __init__(
         self,

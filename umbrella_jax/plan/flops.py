@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from umbrella_jax.config.schema import RunConfig, resolve_modality, unknown_modality
 from umbrella_jax.errors import ConfigError
 from umbrella_jax.models import LlavaConfig, QwenConfig, SiglipConfig, abstract_params
+from umbrella_jax.models.paths import UNUSED
 from umbrella_jax.models.quantize import quantizable
 from umbrella_jax.sharding import MeshShape, spec_of
 from umbrella_jax.training import freeze
@@ -365,7 +366,7 @@ class ModelCounts:
         gathered = sum(
             weight.gathered(mesh, self.size) * (1 + (self.differentiated[weight.component] and not weight.first))
             for weight in self.weights
-            if "fsdp" in weight.axes and not weight.looked_up
+            if "fsdp" in weight.axes and not weight.looked_up and weight.component != UNUSED
         )
         stream = 0.0
         for stack in self.stacks:
@@ -416,10 +417,12 @@ def count_model(config: RunConfig, model: LlavaConfig, work: Workload, frozen_dt
                 looked_up=module == "embed_tokens" and module != head,
             )
         )
+        if part == UNUSED:
+            continue  # it is stored, and nothing reads it
         if path not in trained:
             per_layer = stacked * math.prod(leaf.shape[1:])
-            numbers[part] = numbers.get(part, 0.0) + per_layer
-            layer[part] = layer.get(part, 0.0) + per_layer * bytes_per_number(path, leaf)
+            numbers[part] += per_layer
+            layer[part] += per_layer * bytes_per_number(path, leaf)
         if kind != "weight" or len(leaf.shape) != 2 + stacked:
             continue  # a bias, a norm or position embeddings
         if weights[-1].looked_up or freeze.modality_of(path) not in (None, work.modality):
@@ -440,11 +443,17 @@ def count_model(config: RunConfig, model: LlavaConfig, work: Workload, frozen_dt
     vision, text = model.vision, model.text
 
     def stack(
-        component: str, tower: SiglipConfig | QwenConfig, rows: int, kv_heads: int, head_dim: int, gated: bool
+        component: str,
+        tower: SiglipConfig | QwenConfig,
+        layers: int,
+        rows: int,
+        kv_heads: int,
+        head_dim: int,
+        gated: bool,
     ) -> Stack:
         return Stack(
             component=component,
-            layers=tower.num_hidden_layers,
+            layers=layers,
             rows=rows,
             width=tower.hidden_size,
             heads=tower.num_attention_heads,
@@ -456,10 +465,11 @@ def count_model(config: RunConfig, model: LlavaConfig, work: Workload, frozen_dt
             tiled=model.attention == "splash",
         )
 
-    vision_heads = vision.num_attention_heads
+    heads, kv_heads = vision.num_attention_heads, text.num_key_value_heads
+    layers, head_dim = vision.num_used_layers, vision.hidden_size // vision.num_attention_heads
     stacks = (
-        stack("vision_tower", vision, work.patches, vision_heads, vision.hidden_size // vision_heads, gated=False),
-        stack("language_model", text, work.positions, text.num_key_value_heads, text.head_dim, gated=True),
+        stack("vision_tower", vision, layers, work.patches, heads, head_dim, gated=False),
+        stack("language_model", text, text.num_hidden_layers, work.positions, kv_heads, text.head_dim, gated=True),
     )
     return ModelCounts(
         config=model,

@@ -114,7 +114,7 @@ def _settings(facts: Facts) -> Iterator[tuple[str, str]]:
     yield "base", f"{base['name']}, from {base['path']}; fingerprint {base['fingerprint'][:12]}"
     yield (
         "model",
-        f"vision {model.vision.num_hidden_layers} layers of {model.vision.hidden_size}, language "
+        f"vision {model.vision.num_used_layers} layers of {model.vision.hidden_size}, language "
         f"{model.text.num_hidden_layers} layers of {model.text.hidden_size}; computed in {model.compute_dtype}"
         + (f", frozen weights in {config.model.quantize}" if config.model.quantize else "")
         + (", and products with them" if config.model.quantize_activations else "")
