@@ -15,7 +15,7 @@ from convert.architectures import DECODERS, LAYOUTS, TOWERS, Decoder, Layout, Vi
 from convert.checksum import FILES, file_checksum, read_checksums
 from convert.dialects import HubConfig, dialect_of, to_hub
 from convert.foreign import check_placeholders, folder_contents
-from convert.trainable import open_trainable
+from convert.peft_adapter import open_trained
 from umbrella_jax.config.load import parse_config
 from umbrella_jax.config.origins import Origins
 from umbrella_jax.config.schema import ModalityConfig, PatchEmbedInit, RematPolicy, Template, resolve_modality
@@ -335,7 +335,7 @@ def stored_modalities(directory: str | Path, patch_embed: Path | None = None) ->
         if section["modalities"] != {}:  # a base that has been stitched has none yet
             stored = parse_config({"model": section}, Origins(str(path))).model.modalities
     if patch_embed is not None:
-        theirs = open_trainable(patch_embed).modalities
+        theirs = open_trained(patch_embed).modalities
         stored = {m: c for m, c in stored.items() if resolve_modality(m, theirs) is None} | theirs
     return stored
 
@@ -343,13 +343,13 @@ def stored_modalities(directory: str | Path, patch_embed: Path | None = None) ->
 def stored_template(directory: str | Path, patch_embed: Path | None = None) -> Template | None:
     """Return the conversation template of the training data; None if it is not recorded, as for a stock LLaVA.
 
-    The file `patch_embed` records it or, without one, `umbrella_config.json`.
+    `patch_embed` or else `umbrella_config.json` records it.
     """
-    path = patch_embed or Path(directory) / UMBRELLA_CONFIG
-    if patch_embed is not None:
-        template = open_trainable(patch_embed).template
-    else:
-        template = read_checkpoint_json(path).get("template") if path.exists() else None
+    path, template = Path(directory) / UMBRELLA_CONFIG, None
+    if patch_embed is not None and (template := open_trained(patch_embed).template) is not None:
+        path = patch_embed
+    elif path.exists():
+        template = read_checkpoint_json(path).get("template")
     if template not in (None, *get_args(Template)):
         raise ConfigError(f"{path}: template: expected one of {', '.join(get_args(Template))}, got {template!r}")
     return template
@@ -363,7 +363,7 @@ def stored_untrained(directory: str | Path, patch_embed: Path | None = None) -> 
     path = Path(directory) / UMBRELLA_CONFIG
     untrained = _string_mapping(path, read_checkpoint_json(path).get("untrained")) if path.exists() else {}
     if patch_embed is not None:
-        trained = open_trainable(patch_embed)
+        trained = open_trained(patch_embed)
         replaced = {m for m in untrained if m in COMPONENTS or resolve_modality(m, trained.modalities) is not None}
         untrained = {m: why for m, why in untrained.items() if m not in replaced}
         untrained |= _string_mapping(patch_embed, trained.untrained)
@@ -393,8 +393,9 @@ def _modalities(
     directory: Path, given: Mapping[str, ModalityConfig] | None, init: PatchEmbedInit, patch_embed: Path | None
 ) -> Mapping[str, ModalityConfig]:
     """Return the modalities `given`, if they agree with the stored ones; if None is given, the stored ones."""
-    path = patch_embed or directory / UMBRELLA_CONFIG
     stored = stored_modalities(directory, patch_embed)
+    own = open_trained(patch_embed).modalities if patch_embed is not None else {}
+    path = patch_embed if patch_embed is not None and own else directory / UMBRELLA_CONFIG
     if given is None:
         if not stored:
             remedy = "name the modalities, with size and patch, in a config (--config FILE)"

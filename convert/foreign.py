@@ -13,7 +13,7 @@ WEIGHTS = frozenset(
 )
 ADAPTER = "adapter_config.json"
 """PEFT's description of an adapter."""
-_NOT_LORA = "non_lora_trainables.bin"
+NOT_LORA = "non_lora_trainables.bin"
 """Parameters that LLaVA's code trains beside an adapter: the projector."""
 _MERGE = (
     "merge it in PyTorch (peft: PeftModel.from_pretrained(base, FOLDER).merge_and_unload().save_pretrained(OUT)) and "
@@ -25,10 +25,6 @@ _PYTORCH = "save the model in PyTorch with save_pretrained, and name that folder
 _TRANSFORMERS_4 = "load them with transformers 4 ({}=True), call save_pretrained, and name that folder"
 
 _TRAINER = ("optimizer*", "scheduler*", "rng_state*", "random_states*", "training_args.bin", "trainer_state.json")
-_LLAVA_LORA = (
-    "merge both in LLaVA's code (merge_lora_weights.py --model-path FOLDER --model-base BASE --save-model-path OUT) "
-    "and name OUT"
-)
 _ORIGINAL = "load the whole model with {}'s code, call save_pretrained, and name the new folder"
 # How to recognise a folder without weights by its names; the first match counts: patterns, contents, what to do.
 _FILES: tuple[tuple[tuple[str, ...], str, str], ...] = (
@@ -47,7 +43,7 @@ _FILES: tuple[tuple[tuple[str, ...], str, str], ...] = (
     (("*.safetensors",), "tensors under another name than model.safetensors", "name the folder of the model"),
     (("mm_projector.bin", "mm_projector"), "only the projector of LLaVA's first stage", _ORIGINAL.format("LLaVA")),
     (
-        (_NOT_LORA,),
+        (NOT_LORA,),
         "the projector that belongs to a LoRA adapter of LLaVA's code, without the adapter",
         _ORIGINAL.format("LLaVA"),
     ),
@@ -72,9 +68,7 @@ def folder_contents(directory: Path) -> str | None:
     if not WEIGHTS.isdisjoint(names):
         return None
     if (base := _adapter_base(directory)) is not None:
-        if _NOT_LORA in names:
-            return f"a LoRA adapter of LLaVA's code{base}, and the projector in {_NOT_LORA}; {_LLAVA_LORA}"
-        return f"only a PEFT adapter{base}; {_MERGE}"
+        return f"only a PEFT adapter{base}; name its base, and this folder with --adapter"
     own = [name for name in names if not any(fnmatchcase(name, pattern) for pattern in _TRAINER)]
     if found := _recognise(own, _FILES):
         return found

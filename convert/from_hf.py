@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import json
 import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -17,9 +18,10 @@ from jax.sharding import SingleDeviceSharding
 from convert.config_json import CONFIG, UMBRELLA_CONFIG, file_vocab_size, is_tied, stored_modalities
 from convert.lazy_tensor import ShardingFor, Tensor, add_product, grow, place, stack_tensors
 from convert.patch_embed_init import inflate_patch_embed, resample_patch_embed
+from convert.peft_adapter import describe_adapter, open_trained
 from convert.rules import EMBED, HEAD, LM_HEAD, REPLACED, TensorMapping, hub_name, map_tensors
 from convert.safetensors_files import open_checkpoint, weights_digest
-from convert.trainable import open_trainable
+from convert.trainable import Trainable
 from umbrella_jax.config.schema import AS_STORED, ModalityConfig, PatchEmbedInit, resolve_modality
 from umbrella_jax.errors import CheckpointError
 from umbrella_jax.models.llava import LlavaConfig, Params
@@ -51,6 +53,8 @@ class LoadSummary:
     """If wrappers added parts to the names: `NAME IN THE FILE → NAME WITHOUT THEM` of the first tensor."""
     grown: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     """{parameter: (rows in the file, rows now)}; each new row is the mean of the old ones."""
+    adapter: str | None = None
+    """Line about a PEFT adapter that is applied (`describe_adapter`)."""
 
     def lines(self) -> list[str]:
         """Return one message per difference."""
@@ -58,6 +62,7 @@ class LoadSummary:
         left_out = "\n  ".join(["left out, since LLaVA does not use SigLIP's pooling head:", *self.left_out])
         return [
             *([f"tensor names: parts that wrappers added are removed: {self.wrapped}"] if self.wrapped else []),
+            *([self.adapter] if self.adapter else []),
             *(f"{name}: patch embedding {how}" for name, how in self.initialised.items()),
             *self.undescribed,
             *([replaced] if self.replaced else []),
@@ -135,19 +140,22 @@ def plan_loading(
     dtype: str = "auto",
     init: PatchEmbedInit = "random",
     patch_embed: Path | None = None,
+    merge_lora: bool = True,
 ) -> LoadPlan:
     """Match the headers of a checkpoint with `config`, without reading numbers.
 
     Args:
         dtype: type to load the parameters in; `auto` keeps the types of the files.
         init: how to initialise a patch embedding that the checkpoint lacks as configured.
-        patch_embed: a file of `write_trainable`, whose tensors replace those of the checkpoint.
+        patch_embed: a file of `write_trainable`, or the folder of a PEFT adapter, whose tensors replace those of the
+            checkpoint.
+        merge_lora: whether to add its products B·A to the weights that they adapt.
 
     Raises:
         CheckpointError: with every fault.
     """
     directory = Path(directory)
-    tensors, wrapped, faults = _open_tensors(directory, patch_embed)
+    tensors, wrapped, faults = _open_tensors(directory, patch_embed, merge_lora)
     names: dict[str, str] = {}  # configured modality → its name in the file
     claimed: set[str] = set(REPLACED)
     for stored in sorted({m for hub in tensors if (m := modality_of(hub))}):
@@ -241,6 +249,7 @@ def plan_loading(
         left_out=left_out,
         wrapped=wrapped,
         grown=grown,
+        adapter=describe_adapter(patch_embed, merged=merge_lora) if patch_embed and patch_embed.is_dir() else None,
     )
     return LoadPlan(leaves, initial, tied_copy, summary)
 
@@ -275,7 +284,7 @@ def fingerprint(directory: str | Path, patch_embed: Path | None = None) -> str:
 
     It does not depend on the layout of names and shards, nor on whether the file contains a head that is tied to the
     embeddings, or tensors that LLaVA does not use (`LoadSummary.left_out`). Raises CheckpointError if `patch_embed` was
-    trained on another checkpoint.
+    trained on another checkpoint, as far as it says so.
     """
     tensors = {hub_name(name): tensor for name, tensor in open_checkpoint(directory).items()}
     tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(HEAD)}
@@ -284,19 +293,20 @@ def fingerprint(directory: str | Path, patch_embed: Path | None = None) -> str:
     own = weights_digest(tensors)
     if patch_embed is None:
         return own
-    trained = open_trainable(patch_embed)
-    if trained.base_fingerprint != own:
+    trained = open_trained(patch_embed)
+    if trained.base_fingerprint not in (None, own):
         raise CheckpointError(
-            f"{patch_embed}: trained on another base (fingerprint {trained.base_fingerprint[:12]}) than {directory} "
-            f"({own[:12]}); name the one that it was trained on"
+            f"{patch_embed}: trained on another base (fingerprint {str(trained.base_fingerprint)[:12]}) than "
+            f"{directory} ({own[:12]}); name the one that it was trained on"
         )
-    return hashlib.sha256((own + weights_digest(trained.tensors)).encode()).hexdigest()
+    scales = json.dumps(sorted(trained.scales.items())) if trained.scales else ""
+    return hashlib.sha256((own + weights_digest(trained.tensors) + scales).encode()).hexdigest()
 
 
 def _open_tensors(
-    directory: Path, patch_embed: Path | None
+    directory: Path, patch_embed: Path | None, merge_lora: bool
 ) -> tuple[dict[str, tuple[str, Tensor]], str | None, list[str]]:
-    """Open a checkpoint and apply the file `patch_embed` to it.
+    """Open a checkpoint and apply `patch_embed` to it, as in `plan_loading`.
 
     Returns {name on the hub: (name in the file, tensor)}, an example of a name that wrappers changed, if any
     (`LoadSummary.wrapped`), and faults.
@@ -312,31 +322,38 @@ def _open_tensors(
             faults.append(f"{tensor.file}: {name}: the same tensor as {tensors[hub][0]}; expected it once, remove one")
         tensors.setdefault(hub, (name, tensor))
     if patch_embed is not None:
-        trained = open_trainable(patch_embed)
+        trained = open_trained(patch_embed)
         # all tensors of a modality are replaced, whichever of its names they have
         theirs = {m for name in trained.tensors if (m := modality_of(name))}
         tensors = {h: f for h, f in tensors.items() if not ((m := modality_of(h)) and resolve_modality(m, [*theirs]))}
         tensors |= {name: (name, tensor) for name, tensor in trained.tensors.items() if not adapted_weight(name)}
-        faults += _add_adapters(tensors, trained.tensors)
+        if trained.unties and is_tied(directory):
+            remedy = "save it with ensure_weight_tying, or with the head in modules_to_save and an untied config.json"
+            faults.append(f"{patch_embed}: {EMBED}: replaced, but not the head that is tied to it; {remedy}")
+        if merge_lora:
+            faults += _add_adapters(tensors, trained)
     return tensors, wrapped, faults
 
 
-def _add_adapters(tensors: dict[str, tuple[str, Tensor]], trained: Mapping[str, Tensor]) -> list[str]:
-    """Replace each weight W that has an adapter in `trained` by W + B·A. Returns faults of the adapters."""
+def _add_adapters(tensors: dict[str, tuple[str, Tensor]], trained: Trainable) -> list[str]:
+    """Replace each weight W that has an adapter in `trained` by W + s·B·A. Returns faults of the adapters."""
     faults = []
-    for weight in dict.fromkeys(w for name in trained if (w := adapted_weight(name))):
-        a, b = (trained.get(name) for name in adapter_paths(weight))
+    for weight in dict.fromkeys(w for name in trained.tensors if (w := adapted_weight(name))):
+        a, b = (trained.tensors.get(name) for name in adapter_paths(weight))
         shape = tensors[weight][1].shape if weight in tensors else ()
-        file = next(iter(trained.values())).file
+        file = next(iter(trained.tensors.values())).file
         if a is None or b is None:
             faults.append(f"{file}: {weight}: half of its adapter is missing; write the file again")
+        elif weight not in tensors:
+            faults.append(f"{file}: {weight}: has an adapter, but is not in the base; is it of another base?")
         elif len(shape) != 2 or (b.shape[:1] + a.shape[1:], a.shape[:1]) != (shape, b.shape[1:]):
             shapes = f"{list(a.shape)} and {list(b.shape)} beside {list(shape)}"
             faults.append(f"{file}: {weight}: its adapter has shapes {shapes}; is it of another base?")
         elif {a.dtype, b.dtype} - set(_FLOATS):
             faults.append(f"{file}: {weight}: its adapter has types {a.dtype} and {b.dtype}, expected floats")
         else:
-            tensors[weight] = (tensors[weight][0], add_product(tensors[weight][1], a, b, 1.0))
+            name, tensor = tensors[weight]
+            tensors[weight] = name, add_product(tensor, a, b, trained.scales.get(weight, 1.0))
     return faults
 
 

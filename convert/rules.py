@@ -18,6 +18,7 @@ from umbrella_jax.models.paths import (
     PROJECTOR,
     UNUSED_LAYERS,
     VISION_MODEL,
+    VISION_TOWER,
     modality_of,
 )
 
@@ -125,6 +126,7 @@ _LAYOUTS = [  # rewrites names of other layouts to those on the hub
     (re.compile(r"^model\.language_model\."), _QWEN),  # transformers 4.5x and 5 in memory
     (re.compile(r"^model\.(?=vision_tower\.|multi_modal_projector\.|image_newline$)"), ""),
     (re.compile(r"^lm_head\."), LANGUAGE_MODEL + "lm_head."),
+    (re.compile(r"^(?=vision_model\.)|^(?=encoder\.layers\.)"), VISION_TOWER),  # a tower without a language model
     (re.compile(r"^vision_tower\.(?!vision_model\.)"), VISION_MODEL),  # transformers 5 has no `vision_model`
     # older UMBRELLA code replaced only the convolution by the volume patch embedding
     (re.compile(r"(?<=\.embeddings\.)patch_embedding\.(?=\w+_(?:proj\.|positional_embeddings$))"), ""),

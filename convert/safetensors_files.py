@@ -144,7 +144,7 @@ def _read(file: FileIO, out: np.ndarray, path: Path, name: str, crc: int | None)
     return crc
 
 
-def _open_bin(path: Path) -> dict[str, Tensor]:
+def open_bin(path: Path) -> dict[str, Tensor]:
     """Read a file that torch.save wrote."""
     try:
         from umbrella_jax.io.torch_files import read_bin
@@ -171,7 +171,7 @@ def open_checkpoint(directory: str | Path) -> dict[str, Tensor]:
     expected = read_checksums(stated[KEY], record) if isinstance(stated, dict) and KEY in stated else None
     open_file: Callable[[Path], dict[str, Tensor]] = lambda path: open_safetensors(path, expected, str(record))[0]  # noqa: E731
     if not single.exists() and not index.exists():
-        single, index, open_file = directory / _BIN, directory / _BIN_INDEX, _open_bin
+        single, index, open_file = directory / _BIN, directory / _BIN_INDEX, open_bin
         if not single.exists() and not index.exists():
             found = folder_contents(directory) or "nothing that is known; name the folder of a model"
             raise CheckpointError(f"{directory}: neither {SINGLE} nor {INDEX}; found {found}")

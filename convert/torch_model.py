@@ -4,6 +4,7 @@ It works with transformers 4.46 and 5, whose modules have different names.
 """
 
 import math
+import tempfile
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from convert.export_config import hf_dict
 from convert.from_hf import fingerprint, plan_loading
 from convert.hub import fetch
 from convert.lazy_tensor import Tensor
+from convert.peft_adapter import rewrite_adapter
 from convert.rules import LM_HEAD, hub_name
 from convert.to_hf import hub_tensors
 from umbrella_jax.config.schema import ModalityConfig
@@ -89,6 +91,7 @@ def load_umbrella(
     dtype: torch.dtype | None = None,
     modalities: Mapping[str, ModalityConfig] | None = None,
     patch_embed: str | Path | None = None,
+    adapter: str | Path | None = None,
 ) -> Any:
     """Load an UMBRELLA checkpoint as the stock class that its config.json names, in eval mode on the CPU.
 
@@ -102,15 +105,21 @@ def load_umbrella(
             `patch_embed`, the base of that file.
         dtype: type of all parameters; by default the types in the file.
         modalities: required without an `umbrella_config.json`.
-        patch_embed: a file of `convert to-hf --trainable-only` to apply to `directory`.
+        patch_embed: a file of `convert to-hf --trainable-only`, or the folder of a PEFT adapter, to merge into it.
+        adapter: folder of a PEFT adapter, or its name on the hub; the model is then a `peft.PeftModel`, with the patch
+            embedding of the adapter if it has one. Not together with `patch_embed`.
 
     Raises:
         CheckpointError: for everything that `from_hf` rejects, and for a modality without weights.
     """
     directory, patch_embed = fetch(directory), None if patch_embed is None else Path(patch_embed)
+    if adapter is not None:
+        if patch_embed is not None:
+            raise CheckpointError(f"{adapter}: not together with the patch_embed {patch_embed}; give one of them")
+        patch_embed = fetch(adapter)
     config = read_config(directory, modalities, patch_embed=patch_embed)
     name = "auto" if dtype is None else str(dtype).removeprefix("torch.")
-    plan = plan_loading(directory, config, dtype=name, patch_embed=patch_embed)
+    plan = plan_loading(directory, config, dtype=name, patch_embed=patch_embed, merge_lora=adapter is None)
     if plan.summary.initialised:
         raise CheckpointError(
             [f"{directory}: modality {m}: no patch embedding in the checkpoint" for m in plan.summary.initialised]
@@ -120,7 +129,16 @@ def load_umbrella(
     model = umbrella_model(hf_dict(read_hub_config(directory), config), config, plan.params(name))
     if (directory / "generation_config.json").exists():
         model.generation_config = transformers.GenerationConfig.from_pretrained(directory)
-    return model
+    return model if adapter is None or patch_embed is None else _with_adapter(model, patch_embed)
+
+
+def _with_adapter(model: Any, adapter: Path) -> Any:
+    """Return the model with an adapter, which is written anew, since it may have names of another class."""
+    from peft import PeftModel
+
+    with tempfile.TemporaryDirectory() as folder:
+        rewrite_adapter(adapter, Path(folder))
+        return PeftModel.from_pretrained(model, folder)
 
 
 def umbrella_model(raw: Mapping[str, Any], config: LlavaConfig, params: Mapping[str, Tensor]) -> Any:

@@ -396,7 +396,7 @@ def test_the_id_of_images_is_the_tokenizer_s(sources, tmp_path, stated, special_
     ("names", "expected"),
     [
         (["mm_projector.bin"], "only the projector of LLaVA's first stage (mm_projector.bin); load the whole model"),
-        (["adapter_config.json", "non_lora_trainables.bin"], "the projector in non_lora_trainables.bin; merge both in"),
+        (["adapter_config.json", "non_lora_trainables.bin"], "name its base, and this folder with --adapter"),
         (["non_lora_trainables.bin"], "without the adapter (non_lora_trainables.bin)"),
         (
             ["language_model", "vision_tower", "connector"],

@@ -395,9 +395,9 @@ def instead(*names: str, config: bool = True) -> Change:
     [
         (
             ["adapter_config.json", "adapter_model.safetensors", "optimizer.pt"],
-            ["only a PEFT adapter, of the base lab/llava", "merge_and_unload"],
+            ["only a PEFT adapter, of the base lab/llava", "with --adapter"],
         ),
-        (["adapter_model.bin"], ["only a PEFT adapter; ", "save_pretrained"]),
+        (["adapter_model.bin"], ["only a PEFT adapter; ", "with --adapter"]),
         (
             ["global_step500/", "latest", "zero_to_fp32.py", "rng_state_0.pth"],
             ["DeepSpeed", "(global_step500)", "zero_to_fp32.py . OUT"],

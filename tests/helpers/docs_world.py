@@ -231,6 +231,14 @@ PARSED: dict[str, str] = {
     "umbrella-jax cv": "tests/run/test_cross_validation.py trains two folds",
     "umbrella-jax push exports/sex my-lab/sex-t1 --message": "needs the hub; tests/checkpoints/test_push.py has one",
     "umbrella-jax train --config umbrella_llava_train.yaml": "tests/run/test_typed.py trains with both kinds of YAML",
+    **dict.fromkeys(
+        (
+            "umbrella-jax convert to-hf runs/lora",
+            "umbrella-jax convert from-hf LLAVA_DIR adapted",
+            "umbrella-jax train --config run.yaml --base LLAVA_DIR --adapter",
+        ),
+        "needs an adapter of PEFT; tests/convert/test_peft_adapter.py has one",
+    ),
     "umbrella-jax train --config configs/stage1_0.5b.yaml": "tests/models/test_lora.py trains both stages",
     "umbrella-jax train --config configs/stage2_0.5b.yaml": "tests/models/test_lora.py trains both stages",
 }

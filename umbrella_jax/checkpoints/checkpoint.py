@@ -32,6 +32,8 @@ from convert.config_json import (
 from convert.from_hf import LoadPlan, fingerprint, plan_loading
 from convert.hub import fetch
 from convert.lazy_tensor import Index, ShardingFor, Tensor, add_product, check_finite, copy_numbers, place
+from convert.peft_adapter import continue_adapters
+from convert.rules import map_tensors
 from convert.safetensors_files import weights_digest
 from umbrella_jax.config.load import load_stored_config
 from umbrella_jax.config.schema import (
@@ -90,6 +92,7 @@ class Checkpoint(ABC):
         remat: RematPolicy = "none",
         init: PatchEmbedInit = "random",
         patch_embed: str | Path | None = None,
+        merge_lora: bool = True,
         seed: int = 0,
         weights: bool = True,
         step: Step | None = None,
@@ -100,7 +103,9 @@ class Checkpoint(ABC):
             modalities: configuration of the patch embedding; required for a stock LLaVA, otherwise read from the
                 checkpoint.
             init: as `model.patch_embed_init` of the configuration.
-            patch_embed: a file of `convert to-hf --trainable-only` to apply to a Hugging Face directory.
+            patch_embed: a file of `convert to-hf --trainable-only`, or the folder or name on the hub of a PEFT adapter,
+                to apply to a Hugging Face directory.
+            merge_lora: whether to merge the adapter into the weights; else `initial_factors` returns it.
             seed: seed of a patch embedding that is initialised at random; ignored for a run, which has its own.
             weights: whether to download the weights, too, if `path` is a name on the hub.
             step: step of a run; by default its best checkpoint if it keeps one (`train.keep_best`), else its newest.
@@ -111,6 +116,8 @@ class Checkpoint(ABC):
         directory = fetch(str(path), weights=weights)
         name = directory.resolve().name if Path(path).is_dir() else str(path)
         overlay = None if patch_embed is None else Path(patch_embed)
+        if overlay is not None and not overlay.exists() and overlay.suffix != ".safetensors":
+            overlay = fetch(str(patch_embed))
         options: dict[str, Any] = {"compute_dtype": compute_dtype, "remat": remat}
         is_step = directory.name.isdecimal() and directory.parent.name == CHECKPOINTS
         run = directory.parent.parent if is_step else directory
@@ -137,7 +144,7 @@ class Checkpoint(ABC):
         fields["template"] = stored_template(directory, overlay)
         if is_native:
             return NativeCheckpoint(**fields)
-        return HfCheckpoint(**fields, init=init, patch_embed=overlay, seed=seed)
+        return HfCheckpoint(**fields, init=init, patch_embed=overlay, merge_lora=merge_lora, seed=seed)
 
     @property
     def description(self) -> Path:
@@ -299,6 +306,13 @@ class Checkpoint(ABC):
         """Read the parameters that the run trained, placed as in `params`; anything but a run has none."""
         return {}
 
+    def initial_factors(self, lora: LoraConfig | None, fresh: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Return the factors with which the adapters `lora` of a run start: those that it trains on, or `fresh`.
+
+        Raises ConfigError and CheckpointError as `continue_adapters`.
+        """
+        return dict(fresh)
+
     def _cast(self, path: str, leaf: jax.Array, dtype: str, in_float32: Collection[str]) -> jax.Array:
         """Convert a parameter on its devices, as `lazy_tensor.copy_numbers` does in host memory."""
         dtype = "float32" if path in in_float32 else dtype
@@ -322,7 +336,9 @@ class HfCheckpoint(Checkpoint):
     init: PatchEmbedInit = "random"
     """How to initialise a patch embedding that the files lack or have in another size."""
     patch_embed: Path | None = None
-    """File of `convert to-hf --trainable-only` whose weights replace those of the directory."""
+    """File of `convert to-hf --trainable-only`, or folder of a PEFT adapter, to apply to the directory."""
+    merge_lora: bool = True
+    """Whether the adapter is merged into the weights; else the run trains it on."""
     seed: int = 0
     """Seed of a patch embedding that is initialised at random."""
 
@@ -363,7 +379,8 @@ class HfCheckpoint(Checkpoint):
     def _stat(self) -> tuple[str, float]:
         """Return the `describe_stat` of the files that the fingerprint depends on."""
         files = sorted(file for file in self.path.iterdir() if file.is_file())
-        return describe_stat((file, file.stat()) for file in [*files, *filter(None, [self.patch_embed])])
+        overlay = [] if self.patch_embed is None else [self.patch_embed, *self.patch_embed.glob("*")]
+        return describe_stat((file, file.stat()) for file in [*files, *overlay])
 
     @cached_property
     def untrained(self) -> dict[str, str]:
@@ -409,8 +426,18 @@ class HfCheckpoint(Checkpoint):
         initialised = self._plan("auto").summary.initialised
         return {path: tensor for path, tensor in self.tensors().items() if modality_of(path) not in initialised}
 
+    def initial_factors(self, lora: LoraConfig | None, fresh: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        if self.patch_embed is None or self.merge_lora or lora is None:
+            return dict(fresh)
+        paths = {entry.name: entry.path for entry in map_tensors(self.config)}
+        return continue_adapters(self.patch_embed, lora, fresh, paths)
+
+    @property
+    def _overlay(self) -> dict[str, Any]:
+        return {"patch_embed": self.patch_embed, "merge_lora": self.merge_lora}
+
     def _plan(self, dtype: str) -> LoadPlan:
-        return plan_loading(self.path, self.config, dtype=dtype, init=self.init, patch_embed=self.patch_embed)
+        return plan_loading(self.path, self.config, dtype=dtype, init=self.init, **self._overlay)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -494,7 +521,9 @@ class RunCheckpoint(Checkpoint):
         settings = load_stored_config(run / CONFIG)
         assert settings.model.base is not None  # `train` requires one
         # parameters that the run did not train must start as they did in the run
-        options |= {"init": settings.model.patch_embed_init, "seed": settings.seed, "weights": weights}
+        model = settings.model
+        options |= {"init": model.patch_embed_init, "seed": settings.seed, "weights": weights}
+        options |= {"patch_embed": model.adapter, "merge_lora": model.lora is None}
         base = Checkpoint.open(settings.model.base, config.modalities, **options)
         step, why = own_step, ""
         if own_step is None:
@@ -540,9 +569,7 @@ class RunCheckpoint(Checkpoint):
         A run trains a patch embedding if its groups contain it and a conversation up to this step shows its modality.
         It trains another component if one up to this step shows any volume.
         """
-        whole = replace(self.config, lora=self.lora)  # `groups` may name adapters, also of a merged model
-        labels = freeze.label_params(list(abstract_params(whole)[1]), self.groups)
-        untrained = self.base.untrained_after([path for path, label in labels.items() if label != freeze.FROZEN])
+        untrained = self.base.untrained_after(self.trained_paths)
         first_steps = stored_first_steps(self.description)
         if first_steps is None:  # runs of older versions do not record them
             return untrained
@@ -555,6 +582,13 @@ class RunCheckpoint(Checkpoint):
             elif (self.step or 0) < first:
                 untrained[name] = f"{why}, and the run shows none before step {first}"
         return untrained
+
+    @property
+    def trained_paths(self) -> list[str]:
+        """Paths of the parameters that the run trains, adapters included."""
+        whole = replace(self.config, lora=self.lora)  # `groups` may name adapters, also of a merged model
+        labels = freeze.label_params(list(abstract_params(whole)[1]), self.groups)
+        return [path for path, label in labels.items() if label != freeze.FROZEN]
 
     @property
     def runs(self) -> "tuple[RunCheckpoint, ...]":

@@ -1,25 +1,28 @@
 """Write checkpoints: native, Hugging Face, or the trained parameters only."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from convert.checksum import folder_checksums
+from convert.config_json import stored_modalities
 from convert.export_config import CARD, export_names, write_config
 from convert.lazy_tensor import Tensor, host_memory
 from convert.model_card import TrainingRecord
-from convert.rules import EMBED
+from convert.peft_adapter import is_saved_whole, open_trained, write_adapter
+from convert.rules import EMBED, map_tensors
 from convert.to_hf import export, hub_tensors
 from convert.trainable import FILE, Trainable, write_trainable
-from umbrella_jax.checkpoints.checkpoint import PARAMS, Checkpoint, has_tokenizer
+from umbrella_jax.checkpoints.checkpoint import PARAMS, Checkpoint, HfCheckpoint, has_tokenizer
 from umbrella_jax.data.tokenize import save_tokenizer
 from umbrella_jax.errors import CheckpointError, ConfigError
 from umbrella_jax.io.files import check_new_folder, check_run_name, new_folder
 from umbrella_jax.io.reading import parse_yaml
-from umbrella_jax.models.paths import COMPONENTS, adapted_weight, adapter_paths, modality_of
+from umbrella_jax.models import abstract_params
+from umbrella_jax.models.paths import COMPONENTS, PROJECTOR, adapted_weight, adapter_paths, modality_of
 from umbrella_jax.training.checkpoint import save_params
 
 
@@ -148,32 +151,130 @@ def write_trained(
 
     Returns the path of the file. Raises CheckpointError if `checkpoint` is not a run.
     """
+    left_out = {} if include_untrained else untrained_to_leave_out(checkpoint)
+    # patch embeddings are written whole, even if partly trained: a stock base lacks the other part
+    paths = {path for path in abstract_params(checkpoint.config)[1] if modality_of(path)} | _trained_paths(checkpoint)
+    trained = _collect_trained(checkpoint, paths, left_out, names)
+    scaled = {
+        b: Tensor.from_array(trained.tensors[b].read() * np.float32(scale))
+        for weight, scale in trained.scales.items()
+        for b in adapter_paths(weight)[1:]
+    }
+    check_new_folder(out)
+    with new_folder(out) as part:
+        write_trainable(part / FILE, replace(trained, tensors={**trained.tensors, **scaled}, scales={}))
+    return out / FILE
+
+
+def write_peft(
+    checkpoint: Checkpoint, out: Path, *, names: Sequence[str] | None = None, include_untrained: bool = False
+) -> bool:
+    """Write the adapters of a run as a PEFT adapter into the new folder `out`, with its trained patch embedding.
+
+    For a run on top of another run, it has what all of them trained, as in `write_trained`. It goes onto the Hugging
+    Face directory that the first of them started from, whose fingerprint it records.
+
+    Args:
+        names: names of the modalities; by default those in that directory.
+        include_untrained: as in `write_hf`, for modalities that the directory lacks.
+
+    Returns whether it has a patch embedding that the directory lacks, so that only `load_umbrella` can put it there.
+
+    Raises:
+        CheckpointError: if `checkpoint` is not a run with adapters, or weights other than those of the patch embedding
+            and the projector trained as a whole.
+    """
+    if not any(run.lora for run in checkpoint.runs):
+        remedy = "export the whole model (without --adapter), or what trained (--trainable-only)"
+        raise CheckpointError(f"{checkpoint.path}: not a run with LoRA adapters (model.lora); {remedy}")
+    base = _plain(checkpoint.origin)
+    of_base = {m for path in base.stored_tensors() if (m := modality_of(path))}
+    untrained = {} if include_untrained else untrained_to_leave_out(checkpoint)
+    left_out = {name: why for name, why in untrained.items() if name not in of_base}
+    kept = checkpoint.config.modalities.keys() - left_out.keys()
+    paths = _trained_paths(checkpoint)
+    if unfit := [path for path in sorted(paths) if not is_saved_whole(path)]:
+        remedy = (
+            "an adapter has only factors, patch embedding and projector; export the whole model (without --adapter)"
+        )
+        raise CheckpointError([f"{checkpoint.path}: {path}: trained as a whole; {remedy}" for path in unfit])
+    known = abstract_params(checkpoint.merged().config)[1]
+    if kept - of_base or any(map(modality_of, paths)):  # PEFT replaces whole modules
+        paths |= {path for path in known if modality_of(path)}
+    if any(path.startswith(PROJECTOR) for path in paths):
+        paths |= {path for path in known if path.startswith(PROJECTOR)}
+    trained = _collect_trained(checkpoint, paths, left_out, names or tuple(stored_modalities(base.path)))
+    check_new_folder(out)
+    with new_folder(out) as part:
+        write_adapter(part, trained, base.name)
+    return bool(kept - of_base)
+
+
+def _plain(origin: Checkpoint) -> Checkpoint:
+    """Return the checkpoint that runs started from without the adapter that was put onto it (`model.adapter`)."""
+    return replace(origin, patch_embed=None) if isinstance(origin, HfCheckpoint) else origin
+
+
+def _applied(origin: Checkpoint) -> Trainable | None:
+    """Return the adapter that was put onto the checkpoint that runs started from."""
+    return open_trained(origin.patch_embed) if isinstance(origin, HfCheckpoint) and origin.patch_embed else None
+
+
+def _trained_paths(checkpoint: Checkpoint) -> set[str]:
+    """Return the parameters, without adapters, that the runs of a checkpoint trained or the adapter below replaced.
+
+    Raises CheckpointError if it is not a run.
+    """
     if not checkpoint.runs:
         raise CheckpointError(f"{checkpoint.path}: not a run, so it does not say what was trained; name a run")
-    left_out = {} if include_untrained else untrained_to_leave_out(checkpoint)
+    applied = _applied(checkpoint.origin)
+    paths = {path for run in checkpoint.runs for path in run.trained_paths if not adapted_weight(path)}
+    entries = map_tensors(checkpoint.config) if applied else []
+    return paths | {entry.path for entry in entries if applied and entry.name in applied.tensors}
+
+
+def _collect_trained(
+    checkpoint: Checkpoint, paths: Collection[str], left_out: Collection[str], names: Sequence[str] | None
+) -> Trainable:
+    """Collect what the runs of a checkpoint trained, on top of the Hugging Face weights that the first started from.
+
+    Adapters of several runs for one weight become one, whose rank is their sum.
+
+    Args:
+        paths: parameters to collect as a whole, with the adapters merged.
+        left_out: modalities to leave out.
+        names: names of the modalities, as in `export_names`.
+    """
     kept = {name: modality for name, modality in checkpoint.config.modalities.items() if name not in left_out}
     renamed = export_names(kept, names)
-    check_new_folder(out)
-    trained = [(run.trained(), run.lora.scale if run.lora else 1.0) for run in checkpoint.runs]
-    paths = {path for leaves, _ in trained for path in leaves}
-    # patch embeddings are written whole, even if partly trained: a stock base lacks the other part
-    tensors = {
-        path: tensor
-        for path, tensor in checkpoint.tensors().items()
-        if (path in paths or modality_of(path) is not None) and modality_of(path) not in left_out
-    }
-    for weight in sorted({w for path in paths if (w := adapted_weight(path))} - paths):
+    config = replace(checkpoint.config, modalities=kept)
+    merged = checkpoint.merged().tensors()
+    tensors = hub_tensors({p: merged[p] for p in paths if modality_of(p) not in left_out}, config, renamed)
+    applied = _applied(checkpoint.origin)
+    adapters: list[tuple[Mapping[str, Tensor], Mapping[str, float]]] = []
+    if applied is not None and checkpoint.runs[0].lora is None:  # else the first run trained it on
+        adapters.append((applied.tensors, applied.scales))
+    for run in checkpoint.runs:
+        if run.lora is not None:
+            factors = {path: leaf for path, leaf in run.trained().items() if adapted_weight(path)}
+            named = hub_tensors(factors, config, renamed)
+            adapters.append((named, {w: run.lora.scale for name in named if (w := adapted_weight(name))}))
+    scales: dict[str, float] = {}
+    for weight in dict.fromkeys(weight for _, own in adapters for weight in own):
+        if weight in tensors:
+            continue
         a, b = adapter_paths(weight)
-        own = [(leaves, np.float32(scale)) for leaves, scale in trained if a in leaves]
-        tensors[a] = Tensor.from_array(np.concatenate([np.asarray(leaves[a]) for leaves, _ in own], axis=-2))
-        tensors[b] = Tensor.from_array(
-            np.concatenate([np.asarray(leaves[b]) * scale for leaves, scale in own], axis=-1)
-        )
-    named = hub_tensors(tensors, replace(checkpoint.config, modalities=kept), renamed)
-    modalities = {renamed[m]: modality for m, modality in kept.items()}
-    untrained = {renamed.get(name, name): why for name, why in checkpoint.untrained.items() if name not in left_out}
-    with new_folder(out) as part:
-        write_trainable(
-            part / FILE, Trainable(named, modalities, checkpoint.fingerprint, checkpoint.template, untrained)
-        )
-    return out / FILE
+        factors_of = [(named[a], named[b], own[weight]) for named, own in adapters if weight in own]
+        tensors[a], tensors[b], scales[weight] = factors_of[0]
+        if len(factors_of) > 1:
+            tensors[a] = Tensor.from_array(np.concatenate([a.read() for a, _, _ in factors_of], axis=0))
+            parts = [b.read() * np.float32(scale / scales[weight]) for _, b, scale in factors_of]
+            tensors[b] = Tensor.from_array(np.concatenate(parts, axis=1))
+    return Trainable(
+        tensors,
+        {renamed[m]: modality for m, modality in kept.items()},
+        _plain(checkpoint.origin).fingerprint,
+        checkpoint.template,
+        {renamed.get(name, name): why for name, why in checkpoint.untrained.items() if name not in left_out},
+        scales,
+    )

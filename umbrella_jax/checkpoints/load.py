@@ -41,7 +41,8 @@ def load(
 
     Args:
         modalities: configuration of the patch embedding, for a stock LLaVA, which lacks one (`allow_untrained`).
-        patch_embed: a file of `convert to-hf --trainable-only`; `path` is then the base that it was trained on.
+        patch_embed: a file of `convert to-hf --trainable-only`, or the folder or name on the hub of a PEFT adapter,
+            which is merged; `path` is then the base that it was trained on.
         dtype: type of every parameter; `auto` keeps the types of the files.
         compute_dtype: type of activations.
         attention: as `model.attention` of the configuration.
@@ -143,6 +144,8 @@ def open_base(config: RunConfig | ModelConfig, *, weights: bool = True) -> Check
         compute_dtype=model.compute_dtype,
         remat=model.remat,
         init=model.patch_embed_init,
+        patch_embed=model.adapter,
+        merge_lora=model.lora is None,
         seed=seed,
         weights=weights,
     ).merged()

@@ -6,6 +6,7 @@ from typing import Any
 
 from umbrella_jax.cli.options import add_command, add_config, add_group, add_json, add_step, config_of, modalities_of
 from umbrella_jax.console import wrapped
+from umbrella_jax.errors import ConfigError
 from umbrella_jax.io.files import strict_json
 
 
@@ -26,7 +27,7 @@ def add(commands: Any) -> None:
     )
     from_hf.add_argument("source", metavar="HF_DIR", help="LLaVA directory, or its name on the hub")
     from_hf.add_argument("out", metavar="OUT", help="directory to write")
-    add_config(from_hf, [])
+    add_config(from_hf, ["--adapter"])
     from_hf.add_argument("--patch-embed", metavar="FILE", help="file of `to-hf --trainable-only`, to add to its base")
     from_hf.add_argument("--check-finite", action="store_true", help="reject weights that are NaN or infinite")
 
@@ -47,7 +48,7 @@ def add(commands: Any) -> None:
     to_hf.add_argument(
         "--trainable-only", action="store_true", help="write only the trained weights and their base's hash"
     )
-
+    to_hf.add_argument("--adapter", action="store_true", help="write a LoRA run as an adapter for PEFT")
     to_hf.add_argument("--include-untrained", action="store_true", help="export untrained modalities, too")
 
     verify = add_command(
@@ -84,11 +85,13 @@ def _from_hf(arguments: argparse.Namespace) -> None:
     from umbrella_jax.checkpoints.export import write_native
 
     config = config_of(arguments)
+    if arguments.patch_embed and config.model.adapter:
+        raise ConfigError(f"patch_embed: {arguments.patch_embed}, and the adapter {config.model.adapter}; give one")
     checkpoint = Checkpoint.open(
         arguments.source,
         config.model.modalities,
         init=config.model.patch_embed_init,
-        patch_embed=arguments.patch_embed,
+        patch_embed=arguments.patch_embed or config.model.adapter,
         seed=config.seed,
     )
     for line in [*checkpoint.notes, *checkpoint.check(config.model.frozen_dtype)]:
@@ -104,7 +107,7 @@ def _from_hf(arguments: argparse.Namespace) -> None:
 
 def _to_hf(arguments: argparse.Namespace) -> None:
     from umbrella_jax.checkpoints.checkpoint import Checkpoint
-    from umbrella_jax.checkpoints.export import untrained_to_leave_out, write_hf, write_trained
+    from umbrella_jax.checkpoints.export import untrained_to_leave_out, write_hf, write_peft, write_trained
     from umbrella_jax.models.paths import describe_part
     from umbrella_jax.run.record import read_training_records
 
@@ -118,7 +121,16 @@ def _to_hf(arguments: argparse.Namespace) -> None:
         left_out = name in untrained_to_leave_out(checkpoint) and not arguments.include_untrained
         what = "left out; --include-untrained exports it" if left_out else "exported as it is, recorded as untrained"
         print(f"{describe_part(name)} {why}: {what}")
-    if arguments.trainable_only:
+    if arguments.adapter:
+        if arguments.trainable_only:
+            raise ConfigError("adapter: an adapter has only trained weights anyway; leave --trainable-only out")
+        needs_own = write_peft(checkpoint, out, **options)
+        print(f"{out}: PEFT adapter for {checkpoint.origin.name}; in PyTorch:")
+        if needs_own:
+            print(f"  convert.torch_model.load_umbrella(HF_DIR, adapter={str(out)!r})")
+        else:
+            print(f"  peft.PeftModel.from_pretrained(load_umbrella(HF_DIR), {str(out)!r})")
+    elif arguments.trainable_only:
         file = write_trained(checkpoint, out, **options)
         print(f"{file}: trained weights; add them to their base with")
         print(f"  umbrella-jax convert from-hf HF_DIR OUT --config FILE \\\n    --patch-embed {file}")

@@ -19,6 +19,7 @@ from umbrella_jax.io.reading import parse_yaml
 _DATA, _RUN = "model and data", "run"
 _FLAGS: dict[str, tuple[str, str, type, str, str]] = {
     "--base": (_DATA, "model.base", str, "HF_DIR", "LLaVA folder, hub name, checkpoint, run"),
+    "--adapter": (_DATA, "model.adapter", str, "DIR", "PEFT adapter to merge or, with model.lora, train on"),
     "--train-data": (_DATA, "data.train", str, "PATH", "conversations (.json, .jsonl or folder)"),
     "--eval-data": (_DATA, "data.eval", str, "PATH", "conversations to evaluate on"),
     "--image-root": (_DATA, "data.image_root", str, "DIR", "folder of relative image paths"),

@@ -55,7 +55,7 @@ def add(commands: Any) -> None:
         "List trainable and frozen parameters without training.",
         "umbrella-jax inspect --config run.yaml --base llava",
     )
-    add_config(inspect, ["--base"])
+    add_config(inspect, ["--base", "--adapter"])
 
     plan = add_command(
         commands,
@@ -86,7 +86,7 @@ def add(commands: Any) -> None:
 def _add_training(parser: argparse.ArgumentParser, data_flags: Sequence[str]) -> Any:
     """Add the flags that commands which train share; return the group of those about the run."""
     steps = ("--batch-size", "--accumulate-steps", "--mesh", "--learning-rate", "--epochs", "--on-nonfinite")
-    groups = add_config(parser, ["--base", *data_flags, "--cache", "--output-dir", *steps])
+    groups = add_config(parser, ["--base", "--adapter", *data_flags, "--cache", "--output-dir", *steps])
     add_overlap(groups["model and data"])
     run = groups["run"]
     run.add_argument("--dry-run", action="store_true", help="check, compile and report memory; do not train")

@@ -317,6 +317,9 @@ class ModelConfig(Section):
     checkpoint if it keeps one, else at its newest."""
     modalities: dict[str, ModalityConfig]
     """Modalities by name, each with a patch embedding of its own. Data files may also use an alias (`aliases`)."""
+    adapter: str | None = None
+    """LoRA adapter in PEFT's format, for a base in Hugging Face format: a directory or a name on the hub. With
+    `model.lora`, which must have its rank, alpha and targets, it trains on; without, it is merged into the base."""
     patch_embed_init: PatchEmbedInit = "random"
     """How to initialise a patch embedding that the base lacks or has in another shape: at `random`; `inflate` SigLIP's
     own 2D one to volumes; or `resample` the base's volumetric one to this size and patch."""

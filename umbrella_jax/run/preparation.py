@@ -194,6 +194,7 @@ def prepare(
         model = base.config.with_attention(config.model.attention, native_backend(mesh.devices.flat[0]))
         model = replace(model, lora=config.model.lora, product_dtype=config.model.product_dtype)
         shapes = abstract_params(model)[1]
+        adapters = base.initial_factors(config.model.lora, lora.init_adapters(shapes, config.seed))
         parameters = summarize_parameters(config, base, findings, model)
         labels = parameters.labels
         options: dict[str, Any] = {"template": config.data.template, "max_length": config.data.max_length}
@@ -220,7 +221,6 @@ def prepare(
     if overlap:
         _warn(overlap, say)
 
-    adapters = lora.init_adapters(shapes, config.seed)
     trained = [path for path, label in labels.items() if label != freeze.FROZEN and path not in adapters]
     _warn_of_untrained(config, base, trained, shown, say)
     if (dtype := config.model.product_dtype) and not has_eight_bit_products(mesh.devices.flat[0], dtype):
@@ -395,7 +395,7 @@ def _evaluation_data(
     return data
 
 
-MAY_DIFFER = ("model.base", "data.image_root", "data.cache", "data.threads")
+MAY_DIFFER = ("model.base", "model.adapter", "data.image_root", "data.cache", "data.threads")
 """Settings that may differ between hosts: where each reads from, not what it reads."""
 
 

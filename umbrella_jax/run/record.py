@@ -19,8 +19,9 @@ from umbrella_jax.training import freeze
 _log = logging.getLogger(__name__)
 _SETTINGS = ("train", "model", "data", "seed")
 _LEFT_OUT = (
-    *("model.base", "model.modalities", "train.tensorboard", "train.wandb", "train.eval_", "train.save_steps"),
-    *("train.keep_latest", "data.train", "data.eval", "data.image_root", "data.allow_outside_root", "data.threads"),
+    *("model.base", "model.adapter", "model.modalities", "train.tensorboard", "train.wandb", "train.eval_"),
+    *("train.save_steps", "train.keep_latest", "data.train", "data.eval", "data.image_root"),
+    *("data.allow_outside_root", "data.threads"),
     *("data.cache", "model.remat", "model.attention", "model.layers", "train.keep_best", "train.max_skipped"),
 )
 """Settings that name files, or do not change the weights."""

@@ -24,6 +24,7 @@ T = TypeVar("T")
 MAY_CHANGE = (
     "output_dir",
     "model.base",
+    "model.adapter",
     "model.remat",
     "model.attention",
     "model.layers",
@@ -52,7 +53,8 @@ MAY_CHANGE = (
 """Settings that may differ when a run resumes, sections or fields. They change where it reads from, how often it
 evaluates and saves, when it stops early, how the devices share the work, what happens if a loss or gradient is not
 finite, and how long it trains. Of these, only the last two can change an update by more than rounding, the length
-through the learning rate (`_describe_new_length`). The base's fingerprint is compared instead of its path."""
+through the learning rate (`_describe_new_length`). The fingerprint of base and adapter is compared instead of their
+paths."""
 
 
 def check_out(config: RunConfig, out: Path, resume: bool) -> None:
