@@ -19,10 +19,11 @@ from umbrella_jax.io.reading import LISTING, read_json
 from umbrella_jax.models.paths import VISION_MODEL
 
 _TOWER = re.compile(
-    r"(?:.*/)?siglip2?-(?P<size>[a-z0-9-]+)-patch(?P<patch>\d+)-(?P<image>\d+)(?:-i18n|-multilingual)?/?"
+    r"(?:.*/)?siglip2?-(?P<size>[a-z0-9-]+)-patch(?P<patch>\d{1,4})-(?P<image>\d{1,4})(?:-i18n|-multilingual)?/?"
 )
 """Name of one of Google's SigLIP checkpoints, or a path that ends in it."""
 _LAYER = re.compile(re.escape(VISION_MODEL) + r"encoder\.layers\.(\d+)\.")
+_DECODER, _ADDED = "added_tokens_decoder", "added_tokens"
 _TYPES = ("torch_dtype", "dtype")
 _NO_TOWER = (
     "but the weights lack it, since the original code loads it by that name; load the model with that code, call "
@@ -166,19 +167,15 @@ def _image_token(raw: Mapping[str, Any], text: Mapping[str, Any], directory: Pat
 
 def _id_in_tokenizer(directory: Path) -> int | None:
     """Return the id of `<image>` in a tokenizer's files; None if they lack it."""
-    added: dict[Any, Any] = {}
-    for name in ("added_tokens.json", "tokenizer_config.json", "tokenizer.json"):
-        file = directory / name
-        if not file.is_file() or (name == "tokenizer.json" and added):
+    stated: list[tuple[Any, Any]] = []
+    for name, key in (("added_tokens.json", None), ("tokenizer_config.json", _DECODER), ("tokenizer.json", _ADDED)):
+        if stated or not (directory / name).is_file():  # tokenizer.json is large
             continue
-        content = read_json(file, CheckpointError, "copy it again", LISTING)
-        content = content if isinstance(content, dict) else {}
-        tokens = content.get("added_tokens_decoder" if name == "tokenizer_config.json" else "added_tokens")
-        if name == "added_tokens.json":
-            added |= content
-        elif isinstance(tokens, dict):
-            added |= {t.get("content"): int(i) for i, t in tokens.items() if isinstance(t, dict) and i.isdecimal()}
+        content = read_json(directory / name, CheckpointError, "copy it again", LISTING)
+        tokens = content if key is None or not isinstance(content, dict) else content.get(key)
+        if isinstance(tokens, dict):
+            stated = [(t.get("content"), i) if isinstance(t, dict) else (i, t) for i, t in tokens.items()]
         elif isinstance(tokens, list):
-            added |= {t.get("content"): t.get("id") for t in tokens if isinstance(t, dict)}
-    token = added.get("<image>")
-    return token if isinstance(token, int) else None
+            stated = [(t.get("content"), t.get("id")) for t in tokens if isinstance(t, dict)]
+    tokens = {str(token) for word, token in stated if word == "<image>"}
+    return next((int(token) for token in tokens if re.fullmatch("[0-9]{1,9}", token)), None)
