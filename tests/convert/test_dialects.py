@@ -293,7 +293,12 @@ def test_layers_of_the_tower_are_counted(sources, tmp_path, monkeypatch):
     )
     sizes = TOWERS["siglip_vision_model"].sizes["tiny"]
     monkeypatch.setitem(sizes, "num_hidden_layers", 2)
-    assert read_hub_config(write_config(directory, raw, mm_vision_select_layer=-1))["vision_feature_layer"] == -1
+    for layer in (-1, -2):
+        assert (
+            read_hub_config(write_config(directory, raw, mm_vision_select_layer=layer))["vision_feature_layer"] == layer
+        )
+    (fault,) = refused(write_config(directory, raw, mm_vision_select_layer=[1, 2]))
+    assert fault.startswith("mm_vision_select_layer: [1, 2] is not supported")
     monkeypatch.setitem(sizes, "num_hidden_layers", 5)
     (fault,) = refused(write_config(directory, raw))
     assert fault.startswith(
