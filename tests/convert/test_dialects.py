@@ -122,7 +122,7 @@ TINYLLAVA = {
     "tune_type_connector": "full",
     "tune_vision_tower_from_layer": 0,
     "use_cache": True,
-    "vision_feature_layer": -1,
+    "vision_feature_layer": -2,
     "vision_feature_select_strategy": "patch",
     "vision_hidden_size": 36,
     "vision_model_name_or_path": "google/siglip-so400m-patch14-384",
@@ -203,6 +203,9 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], P
     cases = [*product(SOURCES, ("float32", "float16", "bfloat16"))]
     for seed, (kind, dtype) in enumerate(cases):
         write_umbrella(root / f"{kind}_{dtype}", SOURCES[kind], dtype=dtype, seed=10 * seed)
+        if kind == "tinyllava":
+            hub = json.loads((root / f"{kind}_{dtype}" / "config.json").read_text())
+            write_config(root / f"{kind}_{dtype}", hub, vision_feature_layer=-2)
     return {case: root / "_".join(case) for case in cases}
 
 
