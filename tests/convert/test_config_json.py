@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from convert.verify import compare_reading
 from tests.helpers.checkpoints import MODALITIES, make_model
 from umbrella_jax.config.schema import ConfoundsConfig, ModalityConfig
 from umbrella_jax.errors import CheckpointError, ConfigError
+from umbrella_jax.models import abstract_params
+from umbrella_jax.models.paths import component_of
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "llava"  # written by transformers 4.46.3
 RAW = json.loads((GOLDEN / "config.json").read_text())
@@ -115,6 +118,23 @@ def test_counts_the_layers_above_the_features(tmp_path, layer, unused):
     config = read_config(put(tmp_path, raw), MODALITIES)
     assert config.vision.num_unused_layers == unused
     assert hf_dict(raw, config).get("vision_feature_layer", ...) == layer
+
+
+def test_qwen3_has_as_many_parameters_as_published(tmp_path):
+    """The smallest and the largest dense one on the hub: heads of 128 numbers, whatever the width."""
+    for width, mlp, layers, heads, tied, count in (
+        (1024, 3072, 28, 16, True, 596_049_920),
+        (5120, 25600, 64, 64, False, 32_762_123_264),
+    ):
+        text = {"model_type": "qwen3", "hidden_size": width, "intermediate_size": mlp, "num_hidden_layers": layers}
+        text |= {"num_attention_heads": heads, "num_key_value_heads": 8, "rope_theta": 1000000, "rope_scaling": None}
+        text |= {"attention_bias": False, "sliding_window": None, "max_window_layers": layers}
+        raw = changed(tie_word_embeddings=tied, text_config=text | {"tie_word_embeddings": tied})
+        config = read_config(put(tmp_path, raw), MODALITIES)
+        shapes = abstract_params(config)[1]
+        assert count == sum(
+            math.prod(leaf.shape) for path, leaf in shapes.items() if component_of(path) == "language_model"
+        )
 
 
 def test_kv_heads_null_means_heads(tmp_path):
