@@ -12,6 +12,7 @@ from transformers import GenerationConfig
 
 from convert.config_json import read_config
 from convert.from_hf import load_params
+from convert.to_hf import hub_tensors
 from convert.torch_model import load_umbrella
 from convert.verify import compare_reading
 from tests.helpers.checkpoints import EACH_BASE, IMAGE_ID, MODALITIES, write_umbrella
@@ -201,6 +202,27 @@ def test_ten_adamw_steps(both):
     for name, tensor in embeddings.items():
         expected = tensor.detach().numpy()
         assert relative(state.trainable[EMBEDDINGS + name].reshape(expected.shape), expected) <= 1e-4, name
+
+
+@pytest.mark.slow
+def test_a_step_of_the_tower_is_pytorchs(both):
+    """Weights of the layers that run; those above keep every bit, with weight decay on."""
+    train = TrainConfig(learning_rate=1e-2, decay_bias=True, eps=1e-4, groups={"vision_tower": GroupConfig()})
+    case = make_case(both.config, both.params, train, optax.constant_schedule(train.learning_rate))
+    state, _ = quick_step(case.state(), case.frozen, jax.tree.map(lambda leaf: leaf[None], both.batch), **case.static)
+    model = copy.deepcopy(both.torch).requires_grad_(False)
+    encoder = model.model.vision_tower.encoder.requires_grad_()
+    options = {"lr": train.learning_rate, "eps": train.eps, "weight_decay": GroupConfig().weight_decay}
+    theirs = torch.optim.AdamW(encoder.parameters(), **options)
+    torch_loss(both.rows, torch_forward(model, both.rows, both.batch.volumes)[1]).backward()
+    torch.nn.utils.clip_grad_norm_(encoder.parameters(), train.clip_norm)
+    theirs.step()
+    before, after = (hub_tensors(params, both.config) for params in (both.params, both.params | state.trainable))
+    for name, tensor in encoder.named_parameters():
+        expected, hub = tensor.detach().numpy(), f"vision_tower.vision_model.encoder.{name}"
+        assert relative(after[hub].read(), expected) <= 1e-4, name
+        runs = int(name.split(".")[1]) < both.config.vision.num_used_layers
+        assert [np.array_equal(t, before[hub].read()) for t in (after[hub].read(), expected)] == [not runs] * 2, name
 
 
 def test_greedy_answers_are_generates(both):
