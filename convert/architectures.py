@@ -54,6 +54,12 @@ class VisionTower:
     only: tuple[Only, ...]
     sizes: Mapping[str, Mapping[str, int]]
     """{size in the names of Google's checkpoints: fields of `SiglipConfig`}."""
+    whole: str
+    """`model_type` of a whole checkpoint, whose `vision_config` it is."""
+    left_out: tuple[str, ...]
+    """Patterns of the tensors of a whole checkpoint that a LLaVA does not use."""
+    others: Mapping[str, str]
+    """{`model_type` of a similar tower that is not supported: reason and remedy}."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +150,12 @@ TOWERS: Mapping[str, VisionTower] = {
             "so400m": _siglip(1152, 4304, layers=27, heads=16),
             "giant-opt": _siglip(1536, 6144, layers=40, heads=16),
         },
+        whole="siglip",
+        left_out=("text_model.*", "logit_*", "vision_model.head.*", "vision_model.embeddings.position_ids"),
+        others=dict.fromkeys(
+            ("siglip2", "siglip2_vision_model"),
+            "the NaFlex variant of SigLIP 2; use one of a fixed resolution, such as siglip2-so400m-patch14-384",
+        ),
     ),
 }
 """{`model_type`: vision tower}."""

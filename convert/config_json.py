@@ -22,7 +22,7 @@ from umbrella_jax.config.schema import ModalityConfig, PatchEmbedInit, RematPoli
 from umbrella_jax.errors import CheckpointError, ConfigError
 from umbrella_jax.io import reading
 from umbrella_jax.models.llava import LlavaConfig
-from umbrella_jax.models.paths import COMPONENTS
+from umbrella_jax.models.paths import adapted_weight, component_of, is_component
 from umbrella_jax.models.qwen import QwenConfig
 from umbrella_jax.models.siglip import SiglipConfig
 
@@ -358,16 +358,29 @@ def stored_template(directory: str | Path, patch_embed: Path | None = None) -> T
 def stored_untrained(directory: str | Path, patch_embed: Path | None = None) -> dict[str, str]:
     """Return {modality or component: reason} for those that are recorded as untrained.
 
-    For components, and modalities in the file `patch_embed`, its record replaces that of `umbrella_config.json`.
+    For components and modalities in the file `patch_embed`, its record replaces that of `umbrella_config.json`.
     """
     path = Path(directory) / UMBRELLA_CONFIG
     untrained = _string_mapping(path, read_checkpoint_json(path).get("untrained")) if path.exists() else {}
     if patch_embed is not None:
         trained = open_trained(patch_embed)
-        replaced = {m for m in untrained if m in COMPONENTS or resolve_modality(m, trained.modalities) is not None}
+        contained = {component_of(name) for name in trained.tensors if not adapted_weight(name)}
+        replaced = {m for m in untrained if m in contained or resolve_modality(m, trained.modalities) is not None}
         untrained = {m: why for m, why in untrained.items() if m not in replaced}
         untrained |= _string_mapping(patch_embed, trained.untrained)
     return untrained
+
+
+def stored_parts(directory: str | Path) -> dict[str, dict[str, str]]:
+    """Return {title of a part: its `name`, and the fields about the license on its card} of a base that was stitched,
+    or of a model that was trained from one; {} for all others.
+    """
+    path = Path(directory) / UMBRELLA_CONFIG
+    stated = read_checkpoint_json(path).get("parts", {}) if path.exists() else {}
+    parts = stated.values() if isinstance(stated, dict) else [None]
+    if not all(isinstance(p, dict) and "name" in p and all(isinstance(v, str) for v in p.values()) for p in parts):
+        raise ConfigError(f"{path}: parts: expected {{part: its name and license}}, got {stated!r}")
+    return dict(stated)
 
 
 def stored_first_steps(directory: str | Path) -> dict[str, int] | None:
@@ -399,9 +412,9 @@ def _modalities(
     if given is None:
         if not stored:
             remedy = "name the modalities, with size and patch, in a config (--config FILE)"
-            raise ConfigError(f"{path}: not found; {remedy}")
+            raise ConfigError(f"{path}: {'names no modality' if path.exists() else 'not found'}; {remedy}")
         return stored
-    taken = sorted(given.keys() & COMPONENTS.keys())
+    taken = filter(is_component, given)
     faults = [f"model.modalities.{name}: is a component of the model; choose another name" for name in taken]
     for name, theirs in stored.items():
         configured = resolve_modality(name, given)

@@ -18,6 +18,7 @@ from convert.config_json import (
     read_hub_config,
     section_of,
     small_files,
+    stored_parts,
 )
 from convert.rules import hub_name
 from convert.safetensors_files import weight_files
@@ -180,7 +181,13 @@ def write_config(
     renamed = export_names(config.modalities, names)
     modalities = {name: to_dict(config.modalities[m]) for m, name in renamed.items()}
     random = {renamed.get(name, name): why for name, why in (untrained or {}).items()}
-    stated = {"template": template, "base": base, "base_fingerprint": base_fingerprint, "untrained": random}
+    stated: dict[str, Any] = {
+        "template": template,
+        "base": base,
+        "base_fingerprint": base_fingerprint,
+        "untrained": random,
+    }
+    stated["parts"] = stored_parts(source)
     stated |= {KEY: {hub_name(name): crc for name, crc in checksums.items()} if checksums else None}
     umbrella: dict[str, Any] = {"modalities": modalities} | {key: value for key, value in stated.items() if value}
     umbrella |= {} if first_steps is None else {"first_steps": dict(first_steps)}
@@ -191,6 +198,14 @@ def write_config(
         shutil.copyfile(path, copy)
     (out / CONFIG).write_text(json.dumps(_without_local_paths(raw), indent=2) + "\n")
     finish(out)
+    write_record(out, umbrella)
+
+
+def write_record(out: Path, umbrella: dict[str, Any]) -> None:
+    """Write umbrella_config.json with the content `umbrella` and the checksums of the small files beside it.
+
+    Local paths that transformers recorded as the source of the tokenizer are left out.
+    """
     if (tokenizer := out / "tokenizer_config.json").exists():
         settings = read_checkpoint_json(tokenizer)
         if (portable := _without_local_paths(settings)) != settings:

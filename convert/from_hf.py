@@ -124,13 +124,16 @@ class LoadPlan:
         return params
 
     def _check_tied_copy(self) -> None:
-        if self.tied_copy is None:
-            return
-        embed, head = self.tied_copy
-        same = (embed.dtype, embed.shape) == (head.dtype, head.shape)
-        if not same or any(a.tobytes() != b.tobytes() for a, b in zip(embed.blocks(), head.blocks(), strict=True)):
-            remedy = f"set tie_word_embeddings to false in {CONFIG} (text_config and top level) if the head is its own"
-            raise CheckpointError(f"{head.file}: {LM_HEAD}: differs from the tied embeddings; {remedy}")
+        if self.tied_copy is not None:
+            check_tied_copy(*self.tied_copy)
+
+
+def check_tied_copy(embed: Tensor, head: Tensor) -> None:
+    """Raise CheckpointError if a head differs from the embeddings that it is tied to."""
+    same = (embed.dtype, embed.shape) == (head.dtype, head.shape)
+    if not same or any(a.tobytes() != b.tobytes() for a, b in zip(embed.blocks(), head.blocks(), strict=True)):
+        remedy = f"set tie_word_embeddings to false in {CONFIG}, wherever it is true, if the head is its own"
+        raise CheckpointError(f"{head.file}: {head.name}: differs from the tied embeddings; {remedy}")
 
 
 def plan_loading(

@@ -126,6 +126,10 @@ _TEXTS: dict[Template, str] = {
 }
 _SHARES = {"unparsable": "are none of the expected ones", "copy_rate": "repeat that of the reference"}
 """Metrics that are stated as limits: {metric: what that share of the answers does}."""
+UNLIKE_LICENSES = (
+    "The licenses of the parts differ, or one is not recorded: read both, then add `license:` to the front matter of "
+    "this card."
+)
 _SPLITS = {"train": "training", "eval": "evaluation"}
 _NOT_TRAINED = "Not recorded: this model was not exported from a run (`umbrella-jax train`)."
 
@@ -142,6 +146,7 @@ def model_card(
     license: Mapping[str, str] | None = None,
     *,
     titles: tuple[str, str],
+    parts: Mapping[str, Mapping[str, str]] | None = None,
 ) -> str:
     """Return the model card of an export, in Markdown.
 
@@ -155,6 +160,7 @@ def model_card(
         records: the runs that made the weights, first to last.
         license: {`license`, `license_name`, `license_link`: value} of the base, as far as its model card states them.
         titles: names of the tower and the language model.
+        parts: what the base was stitched of, as in `stored_parts`.
     """
     columns = ("name", "voxels", "patch", "tokens", "orientation", "mode", "scaling", "background", "windows")
     rows = []
@@ -170,8 +176,12 @@ def model_card(
     lines = [f"Trained on top of `{base}`." if base else "Not recorded."]
     if base_fingerprint:
         lines.append(f"SHA-256 of its weights (names, shapes, types, bytes): `{base_fingerprint}`.")
+    for title, part in (parts or {}).items():
+        lines.append(f"Its {title}: `{part['name']}`; license: {describe_license(part)}.")
     if license:
         lines.append(f"License: {license['license']}, as in the model card of the base.")
+    elif parts:
+        lines.append(UNLIKE_LICENSES)
     else:
         lines.append("License: not recorded; add `license:` to the front matter of this card.")
     text = "Not recorded."
@@ -203,6 +213,12 @@ def _layers(tower: SiglipConfig) -> str:
     """Return the number of a tower's layers, and which one the features come from if it is not the last."""
     layers = f"{tower.num_hidden_layers} layers"
     return f"{layers}, features from layer {tower.num_used_layers}" if tower.num_unused_layers else layers
+
+
+def describe_license(license: Mapping[str, str]) -> str:
+    """Return the license that the fields of a model card state, in words."""
+    details = ", ".join(license[field] for field in ("license_name", "license_link") if field in license)
+    return license.get("license", "not recorded") + (f" ({details})" if details else "")
 
 
 def _front_matter(folder: str, base: str | None, license: Mapping[str, str], metrics: Sequence[TaskMetric]) -> str:

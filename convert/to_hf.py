@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from convert.config_json import read_titles
+from convert.config_json import read_titles, stored_parts
 from convert.export_config import CARD, carried_files, export_names, write_config
 from convert.lazy_tensor import Tensor
 from convert.model_card import TrainingRecord, model_card
@@ -86,6 +86,7 @@ def export(
             records,
             license,
             titles=read_titles(source_dir),
+            parts=stored_parts(source_dir),
         )
         (part / CARD).write_text(card, encoding="utf-8")
         write_config(source_dir, part, config, names, dtype=dtype, checksums=checksums, finish=finish, **stated)

@@ -239,6 +239,8 @@ PARSED: dict[str, str] = {
         ),
         "needs an adapter of PEFT; tests/convert/test_peft_adapter.py has one",
     ),
+    "umbrella-jax convert stitch": "tests/checkpoints/test_stitch.py puts two models together",
+    "umbrella-jax train --config configs/stage1_stitched.yaml": "tests/checkpoints/test_stitch.py trains such a base",
     "umbrella-jax train --config configs/stage1_0.5b.yaml": "tests/models/test_lora.py trains both stages",
     "umbrella-jax train --config configs/stage2_0.5b.yaml": "tests/models/test_lora.py trains both stages",
 }

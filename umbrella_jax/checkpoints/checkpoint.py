@@ -49,7 +49,7 @@ from umbrella_jax.data.tokenize import load_tokenizer
 from umbrella_jax.distributed import broadcast, process_index, raise_together
 from umbrella_jax.errors import CheckpointError, ConfigError
 from umbrella_jax.models import LlavaConfig, Params, abstract_params, quantize
-from umbrella_jax.models.paths import COMPONENTS, adapted_weight, adapter_paths, component_of, modality_of
+from umbrella_jax.models.paths import adapted_weight, adapter_paths, component_of, is_component, modality_of
 from umbrella_jax.rundir import CHECKPOINTS, CONFIG, MODEL, NEWEST, Step, check_one_run, choose_step
 from umbrella_jax.training import freeze
 from umbrella_jax.training.checkpoint import Checkpoints, param_shapes, restore_params
@@ -189,7 +189,7 @@ class Checkpoint(ABC):
     def untrained(self) -> dict[str, str]:
         """Return {part: reason} for every part of the model that was never trained.
 
-        A part is a modality, for its patch embedding, or a component of `COMPONENTS`.
+        A part is a modality, for its patch embedding, or a component.
         """
 
     @property
@@ -227,7 +227,7 @@ class Checkpoint(ABC):
         Raises CheckpointError if no modality is trained, or if a component is not.
         """
         untrained, allow = self.untrained, "allow untrained weights (--allow-untrained)"
-        if components := [name for name in untrained if name in COMPONENTS]:
+        if components := [name for name in untrained if is_component(name)]:
             raise CheckpointError(
                 [f"{self.path}: {name} {untrained[name]}; train the group {name}, or {allow}" for name in components]
             )
@@ -246,8 +246,8 @@ class Checkpoint(ABC):
         A component is trained if all of its weights are, a patch embedding if any is.
         """
         weights = [path for path in abstract_params(self.config)[1] if adapted_weight(path) is None]
-        lifted = COMPONENTS.keys() - {component_of(path) for path in weights if path not in trained}
-        lifted |= {name for name in map(modality_of, trained) if name}
+        left = {component_of(path) for path in weights if path not in trained}
+        lifted = {component_of(path) for path in trained} - left | {modality_of(path) for path in trained}
         return {name: why for name, why in self.untrained.items() if name not in lifted}
 
     def warn_doubtful(self) -> None:
@@ -575,8 +575,8 @@ class RunCheckpoint(Checkpoint):
             return untrained
         for name, start in self.base.untrained.items():
             why = start.partition(", and ")[0]  # without the part that an earlier run adds
-            volume = "volume" if name in COMPONENTS else "one"
-            first = min(first_steps.values(), default=None) if name in COMPONENTS else first_steps.get(name)
+            volume = "volume" if is_component(name) else "one"
+            first = min(first_steps.values(), default=None) if is_component(name) else first_steps.get(name)
             if first is None:
                 untrained[name] = f"{why}, and no conversation of the run shows {volume}"
             elif (self.step or 0) < first:

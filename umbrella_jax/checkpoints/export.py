@@ -22,7 +22,7 @@ from umbrella_jax.errors import CheckpointError, ConfigError
 from umbrella_jax.io.files import check_new_folder, check_run_name, new_folder
 from umbrella_jax.io.reading import parse_yaml
 from umbrella_jax.models import abstract_params
-from umbrella_jax.models.paths import COMPONENTS, PROJECTOR, adapted_weight, adapter_paths, modality_of
+from umbrella_jax.models.paths import PROJECTOR, adapted_weight, adapter_paths, is_component, modality_of
 from umbrella_jax.training.checkpoint import save_params
 
 
@@ -78,7 +78,7 @@ def write_native(checkpoint: Checkpoint, directory: Path, *, dtype: str = "auto"
 
 def untrained_to_leave_out(checkpoint: Checkpoint) -> dict[str, str]:
     """Return {modality: reason} for the modalities that an export leaves out: untrained ones, unless all are."""
-    untrained = {name: why for name, why in checkpoint.untrained.items() if name not in COMPONENTS}
+    untrained = {name: why for name, why in checkpoint.untrained.items() if not is_component(name)}
     return {} if checkpoint.config.modalities.keys() == untrained.keys() else untrained
 
 
@@ -123,12 +123,12 @@ def write_hf(
         template=checkpoint.template,
         untrained={name: why for name, why in checkpoint.untrained.items() if name not in left_out},
         records=records,
-        license=_license(checkpoint.origin.path / CARD),
+        license=read_license(checkpoint.origin.path / CARD),
         finish=finish,
     )
 
 
-def _license(card: Path) -> dict[str, str]:
+def read_license(card: Path) -> dict[str, str]:
     """Return the fields about the license in a model card; none if there is no card or it states none."""
     front = re.match(r"---\s*\n(.*?)\n---", card.read_text(encoding="utf-8"), re.DOTALL) if card.is_file() else None
     try:

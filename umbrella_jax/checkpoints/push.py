@@ -23,7 +23,7 @@ from umbrella_jax.checkpoints.checkpoint import PARAMS, Checkpoint
 from umbrella_jax.console import plural, table_lines, wrapped
 from umbrella_jax.errors import CheckpointError, ConfigError, Faults, RunError, why_not_a_directory
 from umbrella_jax.io.reading import parse_yaml
-from umbrella_jax.models.paths import COMPONENTS
+from umbrella_jax.models.paths import is_component
 from umbrella_jax.rundir import MODEL
 
 _SUBJECT = re.compile(r"(?<![\w-])sub-(?=[A-Za-z]*\d)[A-Za-z0-9]+\b")
@@ -317,7 +317,7 @@ def _hidden_note(names: Iterable[str]) -> list[str]:
 def _notes(checkpoint: Checkpoint, card: Mapping[str, Any], *, is_private: bool) -> Iterator[str]:
     """Yield remarks about a model for its owner."""
     for name, why in checkpoint.untrained.items():
-        yield f"{name}: {why}" if name in COMPONENTS else f"{name}: its patch embedding is {why}"
+        yield f"{name}: {why}" if is_component(name) else f"{name}: its patch embedding is {why}"
     if not is_private:
         yield "public: everyone can download it; check that the agreements about your data allow that"
         if "license" not in card:

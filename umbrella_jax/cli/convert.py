@@ -1,4 +1,4 @@
-"""Commands for checkpoints: `convert from-hf`, `to-hf`, `verify`, and `push`."""
+"""Commands for checkpoints: `convert from-hf`, `to-hf`, `stitch`, `verify`, and `push`."""
 
 import argparse
 from pathlib import Path
@@ -50,6 +50,20 @@ def add(commands: Any) -> None:
     )
     to_hf.add_argument("--adapter", action="store_true", help="write a LoRA run as an adapter for PEFT")
     to_hf.add_argument("--include-untrained", action="store_true", help="export untrained modalities, too")
+
+    stitch = add_command(
+        convert,
+        "stitch",
+        _stitch,
+        "Make a base of a vision tower and a language model, with a new projector.",
+        "umbrella-jax convert stitch --vision siglip2 --language qwen3 base",
+    )
+    stitch.add_argument("out", metavar="OUT", help="directory to write")
+    stitch.add_argument("--vision", metavar="DIR", required=True, help="SigLIP directory, or its name on the hub")
+    stitch.add_argument(
+        "--language", metavar="DIR", required=True, help="directory of a language model, or its name on the hub"
+    )
+    stitch.add_argument("--seed", metavar="N", type=int, default=0, help="seed of the projector; default 0")
 
     verify = add_command(
         convert,
@@ -138,6 +152,14 @@ def _to_hf(arguments: argparse.Namespace) -> None:
         records = read_training_records(checkpoint)
         write_hf(checkpoint, out, max_shard_size=arguments.max_shard_size, records=records, **options)
         print(f"{out}: Hugging Face checkpoint; in PyTorch:\n  convert.torch_model.load_umbrella({str(out)!r})")
+
+
+def _stitch(arguments: argparse.Namespace) -> None:
+    from umbrella_jax.checkpoints.stitch import stitch
+
+    for line in stitch(arguments.vision, arguments.language, arguments.out, seed=arguments.seed):
+        print(line)
+    print(f"{arguments.out}: base; train its projector first, with --base {arguments.out}")
 
 
 def _verify(arguments: argparse.Namespace) -> int:

@@ -43,10 +43,14 @@ def component_of(path: str) -> str:
     return next((name for name, pattern in COMPONENTS.items() if fnmatchcase(path, pattern)), UNUSED)
 
 
-def describe_part(name: str) -> str:
-    """Return the subject of a message about an untrained part of a model: a component, or a modality's patch
-    embedding."""
-    return name if name in COMPONENTS else f"{name}: patch embedding"
+def is_component(part: str) -> bool:
+    """Return whether a part of a model that may be untrained is a component; otherwise it is a modality."""
+    return part in COMPONENTS
+
+
+def describe_part(part: str) -> str:
+    """Return the subject of a message about an untrained part: a component, or a modality's patch embedding."""
+    return part if is_component(part) else f"{part}: patch embedding"
 
 
 def adapted_weight(path: str) -> str | None:

@@ -17,7 +17,7 @@ from umbrella_jax.data.inputs import load_stored_inputs
 from umbrella_jax.errors import CheckpointError, ConfigError, DataError, Faults, UmbrellaError, why_not_a_directory
 from umbrella_jax.io import reading
 from umbrella_jax.models import LlavaConfig, abstract_params
-from umbrella_jax.models.paths import COMPONENTS
+from umbrella_jax.models.paths import is_component
 from umbrella_jax.report.predictors import read_baselines, read_controls
 from umbrella_jax.rundir import (
     CHECKPOINTS,
@@ -248,7 +248,7 @@ def read_facts(
         model=model,
         trains=freeze.counts(shapes, labels),
         trained=tuple(path for path, label in labels.items() if label != freeze.FROZEN),
-        untrained={name: why for name, why in stored_untrained(run / MODEL).items() if name in COMPONENTS},
+        untrained={name: why for name, why in stored_untrained(run / MODEL).items() if is_component(name)},
         data={split: {"path": getattr(config.data, split)} | _counts(c) for split, c in splits.items()},
         lines=tuple(lines),
         predictions=file,

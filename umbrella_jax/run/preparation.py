@@ -33,7 +33,7 @@ from umbrella_jax.inference.windows import ExpandedDataset, expand
 from umbrella_jax.io.files import check_output, check_run_name
 from umbrella_jax.models import LlavaConfig, abstract_params, lora, native_backend, quantize, unstack
 from umbrella_jax.models.eight_bit import has_eight_bit_products
-from umbrella_jax.models.paths import COMPONENTS, describe_part
+from umbrella_jax.models.paths import describe_part, is_component
 from umbrella_jax.run.loggers import missing_loggers
 from umbrella_jax.run.number_targets import find_number_targets
 from umbrella_jax.run.summary import RunSummary, summarize, summarize_parameters
@@ -311,9 +311,9 @@ def _warn_of_untrained(
     """
     left = base.untrained_after(trained)
     for name, why in left.items():
-        whole = f" as a whole: add the group {name}, or" if name in COMPONENTS else ":"
+        whole = f" as a whole: add the group {name}, or" if is_component(name) else ":"
         _warn(f"{describe_part(name)} {why}, and train.groups does not train it{whole} answers would mean nothing", say)
-    for name in sorted((base.untrained.keys() & COMPONENTS.keys()) - left.keys() if not shown else ()):
+    for name in () if shown else filter(is_component, sorted(base.untrained.keys() - left.keys())):
         _warn(f"{name}: no conversation in {config.data.train} shows a volume: it stays {base.untrained[name]}", say)
     for name in sorted({modality for modality in map(freeze.modality_of, trained) if modality} - set(shown)):
         start = f"untrained ({base.untrained[name]})" if name in base.untrained else "as it is in the base"
