@@ -290,3 +290,8 @@ DIALECTS: tuple[Dialect, ...] = (
     ),
 )
 """Dialects of config.json."""
+
+
+def torch_class(layout: str) -> str:
+    """Return the name of the class in convert/modeling_umbrella.py of one of `LAYOUTS`."""
+    return f"Umbrella{LAYOUTS[layout].torch_name.removeprefix('Llava')}ForConditionalGeneration"

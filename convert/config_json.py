@@ -4,6 +4,7 @@ An absent field has transformers' default value. A value that this model does no
 these are, is said in `convert/architectures.py`.
 """
 
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
@@ -28,8 +29,16 @@ from umbrella_jax.models.siglip import SiglipConfig
 
 CONFIG = "config.json"
 UMBRELLA_CONFIG = "umbrella_config.json"
+PROCESSOR = "processor_config.json"
 RANDOM_WEIGHTS = "random_weights"
 """Key of config.json that is true in a toy model, whose weights are all random, such as the demo's base."""
+
+CODE = ("modeling_umbrella.py", "processing_umbrella.py")
+"""Files of this package that `convert to-hf --with-code` writes into an export, for PyTorch."""
+COPY = "umbrella"
+"""Field of config.json with a copy of `umbrella_config.json` without checksums, for the code."""
+_OWN_CLASS = re.compile(r"(modeling|processing)_umbrella\.Umbrella[A-Za-z]*")
+"""How `auto_map` names a class in `CODE`."""
 
 LARGEST = 1 << 24
 """Limit of whole numbers in config.json: sixty times the vocabulary, three hundred times the width and more than the
@@ -52,6 +61,7 @@ _CARRIED = (
         "spiece.model",
     ),
     *("chat_template*", "generation_config.json", "preprocessor_config.json", "processor_config.json", "LICENSE*"),
+    *CODE,
 )
 
 
@@ -133,9 +143,10 @@ def read_checkpoint_json(path: Path) -> dict[str, Any]:
 
 
 def check_code(directory: Path) -> None:
-    """Raise CheckpointError if a file of a checkpoint asks to run code (`auto_map`).
+    """Raise CheckpointError if a file of a checkpoint asks to run code (`auto_map`) other than that of our exports.
 
-    This package would not run it, but an export would contain a copy of the file, and other programs may run it.
+    This package runs neither, and copies neither: an export with code gets the code of the installed version. But other
+    programs may run foreign code, and a checkpoint that needs it is not the model that we read.
     """
     faults = []
     for file in (directory / name for name in _CODE):
@@ -145,8 +156,36 @@ def check_code(directory: Path) -> None:
             faults += [
                 f"{file}: {name}auto_map: names code to be run; code of a checkpoint is not, take it out of the file"
                 for name, section in sections.items()
-                if "auto_map" in section
+                if "auto_map" in section and not (name == "" and _is_own(section["auto_map"]))
             ]
+    if faults:
+        raise CheckpointError(faults)
+
+
+def _is_own(auto_map: Any) -> bool:
+    """Return whether all that an `auto_map` names are classes in `CODE`, in the same folder."""
+    return isinstance(auto_map, dict) and all(
+        isinstance(name, str) and _OWN_CLASS.fullmatch(name) for name in auto_map.values()
+    )
+
+
+def check_copies(directory: Path) -> None:
+    """Raise CheckpointError if an export with code describes volumes for the code otherwise than umbrella_config.json.
+
+    The code reads its copies in config.json and processor_config.json.
+    """
+    if not all((directory / name).exists() for name in (CONFIG, UMBRELLA_CONFIG)):
+        return
+    record = read_checkpoint_json(directory / UMBRELLA_CONFIG)
+    processor = directory / PROCESSOR
+    copies = {directory / CONFIG: section_of(read_hub_config(directory), COPY)}
+    copies[processor] = read_checkpoint_json(processor) if processor.exists() else {}
+    faults = [
+        f"{file}: {key}: differs from {UMBRELLA_CONFIG}; change both files, or export again with --with-code"
+        for file, copy in copies.items()
+        for key in ("modalities", "template")
+        if key in copy and copy[key] != record.get(key, "umbrella" if key == "template" else None)
+    ]
     if faults:
         raise CheckpointError(faults)
 
@@ -246,6 +285,7 @@ def read_config(
         raise CheckpointError(f"{directory}: no {CONFIG}; found {found}")
     hub = _read_hub_config(directory)
     check_code(directory)
+    check_copies(directory)
     faults: list[str] = []
     config = describe_model(hub.raw, faults)
     if faults := [*hub.faults, *dict.fromkeys(map(hub.as_in_file, faults))]:

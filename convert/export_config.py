@@ -5,12 +5,17 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from convert.architectures import torch_class
 from convert.checksum import FILES, KEY
 from convert.config_json import (
+    CODE,
     CONFIG,
+    COPY,
+    PROCESSOR,
     UMBRELLA_CONFIG,
     file_checksums,
     is_carried,
@@ -37,6 +42,8 @@ LOCAL_PATH = re.compile(
     r"(?<![\w./<~-])(?:~?/(?:[\w.@+-]+/)+[\w.@+-]*|file:/+[\w./@+-]+|[A-Za-z]:\\[\w.@+ -]+\\[\w.@+ \\-]*)"
 )
 """An absolute path in a text, of at least two parts; URLs do not match."""
+_IMAGE_PROCESSORS = ("preprocessor_config.json", PROCESSOR)
+"""Files that describe a processor of images, which volumes do not fit."""
 _ORIGINS = ("_name_or_path", "name_or_path", "special_tokens_map_file", "tokenizer_file")
 """Keys under which transformers records the source of a configuration or tokenizer."""
 
@@ -95,6 +102,15 @@ def carried_files(source: Path) -> list[Path]:
     if faults := link_faults(source, files):
         raise CheckpointError(faults)
     return files
+
+
+def code_faults(folder: Path) -> list[str]:
+    """Return a fault for each file of code in an export that is not this version's, which other programs would run."""
+    return [
+        f"{path}: not the code of umbrella-jax {version('umbrella-jax')}; export again"
+        for path in (folder / name for name in CODE)
+        if path.exists() and path.read_bytes() != Path(__file__).with_name(path.name).read_bytes()
+    ]
 
 
 def link_faults(folder: Path, files: Sequence[Path]) -> list[str]:
@@ -157,11 +173,13 @@ def write_config(
     untrained: Mapping[str, str] | None = None,
     checksums: Mapping[str, str] | None = None,
     first_steps: Mapping[str, int] | None = None,
+    with_code: bool = False,
     finish: Callable[[Path], None] = lambda directory: None,
 ) -> None:
     """Write config.json and umbrella_config.json, and copy the `carried_files` of `source_dir`.
 
-    Local paths that transformers recorded as the source of config.json or of the tokenizer are left out.
+    These are left out: local paths that transformers recorded as the source of config.json or of the tokenizer; code;
+    the class of the model and the processor of images, since transformers would answer nonsense with them.
 
     Args:
         names: modality names to export under, as in `export_names`.
@@ -172,10 +190,13 @@ def write_config(
         untrained: {modality or component: reason} for those whose weights are untrained.
         checksums: {tensor or file: checksum} of the weights (convert/checksum.py).
         first_steps: {modality: first step of the run that shows it}.
+        with_code: whether to write `CODE`, and how transformers finds it.
         finish: called with `out_dir` to change small files before their checksums are recorded.
     """
     source, out = Path(source_dir), Path(out_dir)
     raw = hf_dict(read_hub_config(source), config)
+    raw = {key: value for key, value in raw.items() if key not in ("auto_map", COPY, "patch_embed_dtype")}
+    raw["architectures"] = [torch_class(raw["model_type"])]  # programs that do not know it refuse the model
     if dtype is not None:
         raw = {k: v for k, v in raw.items() if k != "dtype"} | {"torch_dtype": dtype}  # transformers 5 reads either
     renamed = export_names(config.modalities, names)
@@ -188,16 +209,28 @@ def write_config(
         "untrained": random,
     }
     stated["parts"] = stored_parts(source)
-    stated |= {KEY: {hub_name(name): crc for name, crc in checksums.items()} if checksums else None}
     umbrella: dict[str, Any] = {"modalities": modalities} | {key: value for key, value in stated.items() if value}
-    umbrella |= {} if first_steps is None else {"first_steps": dict(first_steps)}
     out.mkdir(parents=True, exist_ok=True)
     for path in carried_files(source):
-        copy = out / path.relative_to(source)
-        copy.parent.mkdir(exist_ok=True)
-        shutil.copyfile(path, copy)
-    (out / CONFIG).write_text(json.dumps(_without_local_paths(raw), indent=2) + "\n")
+        if path.name not in (*_IMAGE_PROCESSORS, *CODE):
+            copy = out / path.relative_to(source)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, copy)
+    processor = source / PROCESSOR
+    if processor.exists() and (chat := read_checkpoint_json(processor).get("chat_template")):
+        _write_json(out / "chat_template.json", {"chat_template": chat})
+    if with_code:
+        raw["auto_map"] = {"AutoModelForImageTextToText": f"modeling_umbrella.{raw['architectures'][0]}"}
+        raw |= {COPY: umbrella, "patch_embed_dtype": "float32"}
+        described = {"modalities": modalities, "template": template or "umbrella"}
+        found = {"auto_map": {"AutoProcessor": "processing_umbrella.UmbrellaProcessor"}}
+        _write_json(out / PROCESSOR, {**found, "processor_class": "UmbrellaProcessor", **described})
+        for name in CODE:
+            shutil.copyfile(Path(__file__).with_name(name), out / name)
+    _write_json(out / CONFIG, _without_local_paths(raw))
     finish(out)
+    umbrella |= {KEY: {hub_name(name): crc for name, crc in checksums.items()}} if checksums else {}
+    umbrella |= {} if first_steps is None else {"first_steps": dict(first_steps)}
     write_record(out, umbrella)
 
 
@@ -208,7 +241,13 @@ def write_record(out: Path, umbrella: dict[str, Any]) -> None:
     """
     if (tokenizer := out / "tokenizer_config.json").exists():
         settings = read_checkpoint_json(tokenizer)
-        if (portable := _without_local_paths(settings)) != settings:
-            tokenizer.write_text(json.dumps(portable, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        portable = _without_local_paths(settings)
+        portable = {key: value for key, value in portable.items() if key not in ("auto_map", "processor_class")}
+        if portable != settings:
+            _write_json(tokenizer, portable)
     umbrella[FILES] = file_checksums(out)
-    (out / UMBRELLA_CONFIG).write_text(json.dumps(umbrella, indent=2) + "\n")
+    _write_json(out / UMBRELLA_CONFIG, umbrella)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

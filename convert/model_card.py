@@ -77,16 +77,7 @@ model = umbrella_jax.load("{folder}")
 processor = umbrella_jax.Processor.load("{folder}")
 ```
 
-In PyTorch, with transformers 4.46 or later and `pip install 'umbrella-jax[torch]'`:
-
-```python
-from convert.torch_model import load_umbrella
-
-model = load_umbrella("{folder}")  # the stock LlavaForConditionalGeneration with the volume patch embedding
-```
-
-`LlavaForConditionalGeneration.from_pretrained` does **not** load it: it leaves out the volume patch embedding and
-initialises one for images at random.
+{in_pytorch}
 
 ## Volumes
 {volumes}
@@ -116,6 +107,35 @@ skull-stripped or corrected for motion.
 {base}
 """
 
+_WITH_LOADER = """In PyTorch, with transformers 4.46 or later and `pip install 'umbrella-jax[torch]'`:
+
+```python
+from convert.torch_model import load_umbrella
+
+model = load_umbrella("{folder}")  # a LlavaForConditionalGeneration with the volume patch embedding
+```
+
+transformers' `from_pretrained`, `pipeline` and servers do **not** load it: they would leave out the volume patch
+embedding and initialise one for images at random. `umbrella-jax convert to-hf --with-code` writes an export that
+transformers loads.
+"""
+_WITH_CODE = """In PyTorch, with `pip install torch transformers nibabel` (transformers 4.46 or later), by the code in
+`modeling_umbrella.py` and `processing_umbrella.py`:
+
+```python
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+model = AutoModelForImageTextToText.from_pretrained("{folder}", trust_remote_code=True)
+processor = AutoProcessor.from_pretrained("{folder}", trust_remote_code=True)
+inputs = processor("What is the sex of this subject?", [("{modality}", "scan.nii.gz")])
+tokens = model.generate(**inputs, max_new_tokens=32)
+print(processor.decode(tokens[0, inputs["input_ids"].shape[1] :]))
+```
+
+Without `trust_remote_code=True`, transformers would leave out the volume patch embedding and initialise one for images
+at random. The processor gives the model the same volumes and tokens as umbrella-jax; it refuses modalities that need
+more than NumPy and nibabel (`confounds`, `tr`): prepare these with `umbrella_jax.data.volume.load_volume`.
+"""
 _CHATML = (
     "ChatML: `<|im_start|>user`, a newline, the turn, `<|im_end|>`, a newline; then `<|im_start|>assistant`, a newline"
 )
@@ -147,6 +167,7 @@ def model_card(
     *,
     titles: tuple[str, str],
     parts: Mapping[str, Mapping[str, str]] | None = None,
+    with_code: bool = False,
 ) -> str:
     """Return the model card of an export, in Markdown.
 
@@ -161,6 +182,7 @@ def model_card(
         license: {`license`, `license_name`, `license_link`: value} of the base, as far as its model card states them.
         titles: names of the tower and the language model.
         parts: what the base was stitched of, as in `stored_parts`.
+        with_code: whether the export has the code for PyTorch.
     """
     columns = ("name", "voxels", "patch", "tokens", "orientation", "mode", "scaling", "background", "windows")
     rows = []
@@ -188,8 +210,10 @@ def model_card(
     if template is not None:
         text = f"Trained with the template `{template}`, also recorded in `umbrella_config.json`. {_TEXTS[template]}"
     metrics = [metric for metric in (records[-1].metrics or ()) if metric.subjects >= SMALL] if records else []
+    loading = _WITH_CODE if with_code else _WITH_LOADER
     return _CARD.format(
-        front=_front_matter(folder, base, license or {}, metrics),
+        front=_front_matter(folder, base, license or {}, metrics, with_code=with_code),
+        in_pytorch=loading.format(folder=folder, modality=next(iter(modalities))).rstrip(),
         text=text,
         tower=titles[0],
         decoder=titles[1],
@@ -221,8 +245,13 @@ def describe_license(license: Mapping[str, str]) -> str:
     return license.get("license", "not recorded") + (f" ({details})" if details else "")
 
 
-def _front_matter(folder: str, base: str | None, license: Mapping[str, str], metrics: Sequence[TaskMetric]) -> str:
-    """Return the YAML that the hub reads; metrics become its `model-index`."""
+def _front_matter(
+    folder: str, base: str | None, license: Mapping[str, str], metrics: Sequence[TaskMetric], *, with_code: bool
+) -> str:
+    """Return the YAML that the hub reads; metrics become its `model-index`.
+
+    It states no `pipeline_tag`: the hub's widgets and `pipeline` would give the model images, which mean nothing to it.
+    """
     from huggingface_hub import EvalResult, ModelCardData
 
     results = [
@@ -241,8 +270,7 @@ def _front_matter(folder: str, base: str | None, license: Mapping[str, str], met
     data = ModelCardData(
         **license,
         base_model=on_hub[0] if on_hub else None,
-        library_name="transformers",
-        pipeline_tag="image-text-to-text",
+        library_name="transformers" if with_code else "umbrella-jax",
         tags=["llava", "mri", "neuroimaging", "umbrella-jax"],
         **({"model_name": folder, "eval_results": results} if results else {}),
     )

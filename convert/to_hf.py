@@ -34,6 +34,7 @@ def export(
     untrained: Mapping[str, str] | None = None,
     records: Sequence[TrainingRecord] = (),
     license: Mapping[str, str] | None = None,
+    with_code: bool = False,
     finish: Callable[[Path], None] = lambda part: None,
 ) -> None:
     """Write weights, configuration, tokenizer and a model card to the new folder `out`, atomically.
@@ -49,6 +50,7 @@ def export(
         untrained: {modality or component: reason} for those whose weights are untrained.
         records: facts about the runs that made the parameters, for the model card.
         license: of the base, as in `model_card`.
+        with_code: whether to add what PyTorch users need to load the export without this package.
         finish: called with the folder to change small files before their checksums are recorded.
 
     Raises:
@@ -87,9 +89,11 @@ def export(
             license,
             titles=read_titles(source_dir),
             parts=stored_parts(source_dir),
+            with_code=with_code,
         )
         (part / CARD).write_text(card, encoding="utf-8")
-        write_config(source_dir, part, config, names, dtype=dtype, checksums=checksums, finish=finish, **stated)
+        stated |= {"dtype": dtype, "checksums": checksums, "with_code": with_code}
+        write_config(source_dir, part, config, names, finish=finish, **stated)
 
 
 def hub_tensors(

@@ -57,7 +57,7 @@ from transformers import AutoTokenizer
 
 from convert.torch_model import load_umbrella
 
-model = load_umbrella("export")  # transformers' own LlavaForConditionalGeneration
+model = load_umbrella("export")  # a LlavaForConditionalGeneration for volumes
 print(type(model).__name__, f"{sum(p.numel() for p in model.parameters()):,} parameters")
 tokenizer = AutoTokenizer.from_pretrained("export")
 question = "What is the lesion side of this subject?"
@@ -321,7 +321,7 @@ RESEARCHER = [
                 [r"export"],
             ),
             Command("A PyTorch user's script:", "cat in_torch.py", [r"load_umbrella"], show=(20, 0)),
-            Command("", "python in_torch.py", [r"LlavaForConditionalGeneration", r"logits \(1, \d+, \d+\)"]),
+            Command("", "python in_torch.py", [r"UmbrellaForConditionalGeneration", r"logits \(1, \d+, \d+\)"]),
         ],
     ),
 ]

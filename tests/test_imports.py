@@ -30,6 +30,7 @@ FLOORS: tuple[dict[str, set[str]], ...] = (
             "isal",
             "jax",
             "ml_dtypes",
+            "nibabel",
             "numpy",
             "safetensors",
             "torch",
@@ -67,11 +68,14 @@ Imports inside functions count.
 """
 ALLOWED = {room: libraries for floor in FLOORS for room, libraries in floor.items()}
 FLOOR_OF = {room: number for number, floor in enumerate(FLOORS) for room in floor}
-TORCH = {"umbrella_jax/io/torch_files.py", "convert/torch_model.py"}
+CODE = {"convert/modeling_umbrella.py", "convert/processing_umbrella.py"}
+"""What an export with code contains."""
+TORCH = {"umbrella_jax/io/torch_files.py", "convert/torch_model.py", *CODE}
 """The modules that import torch."""
 TRANSFORMERS = {
     *("umbrella_jax/data/tokenize.py", "umbrella_jax/demo/base.py"),
     *("convert/torch_model.py", "convert/verify.py"),
+    *CODE,
 }
 """The modules that import transformers: for tokenizers, and for the PyTorch side of comparisons."""
 NOT_ON_AN_ACCELERATOR = (

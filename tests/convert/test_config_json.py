@@ -322,7 +322,6 @@ def test_write_config(tmp_path):
         "chat_template.jinja",
         "config.json",
         "generation_config.json",
-        "preprocessor_config.json",
         "tokenizer.json",
         "umbrella_config.json",
     ]

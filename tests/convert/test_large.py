@@ -21,7 +21,7 @@ from tests.helpers import small_run
 from tests.helpers.golden_case import relative
 from tests.helpers.small_run import umbrella
 from umbrella_jax import Batch
-from umbrella_jax.config.schema import ModalityConfig
+from umbrella_jax.config.schema import ModalityConfig, to_dict
 from umbrella_jax.models import merge, split
 
 pytestmark = pytest.mark.slow
@@ -65,7 +65,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     with torch.device("meta"):
         model: Any = LlavaForConditionalGeneration(config)
-        model.model.vision_tower.embeddings = TorchPatchEmbed({"T1": T1}, 1152)
+        model.model.vision_tower.embeddings = TorchPatchEmbed({"T1": to_dict(T1)}, 1152)
     model = model.to(torch.bfloat16).to_empty(device="cpu")
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -128,7 +128,7 @@ def torch_logits(base: Path, ids: np.ndarray, volume: np.ndarray) -> np.ndarray:
     """The logits are those of transformers' own model, with its embeddings replaced before loading."""
     with torch.device("meta"):
         model: Any = LlavaForConditionalGeneration(LlavaConfig.from_pretrained(base))
-        model.model.vision_tower.embeddings = TorchPatchEmbed({"T1": T1}, 1152)
+        model.model.vision_tower.embeddings = TorchPatchEmbed({"T1": to_dict(T1)}, 1152)
     names = {hub_name(name): name for name in model.state_dict()}
     state = {
         names[hub_name(name)]: tensor.float()

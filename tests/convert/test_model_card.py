@@ -51,10 +51,11 @@ def test_front_matter_is_what_the_hub_reads(card: Any) -> None:
     text = card(RECORD, base="llava-hf/base@v1", license={"license": "other", "license_name": "qwen"})
     data = ModelCard(text).data
     assert (data.license, data.license_name, data.base_model) == ("other", "qwen", "llava-hf/base")
-    assert (data.library_name, data.pipeline_tag, data.get("datasets")) == (
-        *("transformers", "image-text-to-text"),
-        None,
-    )
+    # the hub would offer to ask the model about images
+    assert (data.library_name, data.get("pipeline_tag"), data.get("datasets")) == ("umbrella-jax", None, None)
+    with_code = ModelCard(card(with_code=True))
+    assert (with_code.data.library_name, with_code.data.get("pipeline_tag")) == ("transformers", None)
+    assert 'AutoProcessor.from_pretrained("sex-t1", trust_remote_code=True)' in with_code.text
     (result,) = data.eval_results
     assert (data.model_name, result.metric_type, result.metric_value) == ("sex-t1", "accuracy", 0.875)
     plain = ModelCard(card(base="a folder")).data

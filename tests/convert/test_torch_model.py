@@ -17,7 +17,7 @@ from convert.to_hf import export
 from convert.torch_model import TorchPatchEmbed, load_umbrella
 from tests.helpers import torch_golden
 from tests.helpers.checkpoints import MODALITIES, write_stock, write_umbrella
-from umbrella_jax.config.schema import ModalityConfig
+from umbrella_jax.config.schema import ModalityConfig, to_dict
 from umbrella_jax.errors import CheckpointError
 
 ROOT = Path(__file__).parents[2]
@@ -120,7 +120,7 @@ def test_modality_without_weights_is_refused(tmp_path):
 
 def test_modality_by_shape():
     m = ModalityConfig(size=(6, 6, 6), patch=(2, 3, 3))
-    embed = TorchPatchEmbed({"sMRI": m, "dMRI": ModalityConfig(size=(6, 6, 6), patch=(3, 3, 3))}, 8)
+    embed = TorchPatchEmbed({"sMRI": to_dict(m), "dMRI": {"size": (6, 6, 6), "patch": (3, 3, 3)}}, 8)
     volume = torch.zeros(2, 1, 6, 6, 6)
     with pytest.raises(ValueError, match=r"sMRI or dMRI: set \.modality"):
         embed(volume)
@@ -134,7 +134,7 @@ def test_patches_are_those_of_the_definition():
     """Four loops define the 4D embedding: patches and their voxels in order (d, h, w, t). 3D is torch's convolution."""
     rng = np.random.default_rng(0)
     m = MODALITIES["rsfMRI"]
-    embed = TorchPatchEmbed({"rsfMRI": m}, 9)
+    embed = TorchPatchEmbed({"rsfMRI": to_dict(m)}, 9)
     x = rng.normal(size=(2, 1, *m.size)).astype(np.float32)
     weight, bias = (p.detach().numpy() for p in embed.rsfMRI_proj.parameters())
     table = embed.rsfMRI_positional_embeddings.detach().numpy()

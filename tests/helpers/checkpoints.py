@@ -197,7 +197,9 @@ def write_umbrella(
     if names is not None:
         modalities = dict(zip(names, modalities.values(), strict=True))
     model = make_model(base, tied=tied, dtype=dtype, seed=seed)
-    embeddings = TorchPatchEmbed(modalities, model.config.vision_config.hidden_size)
+    embeddings = TorchPatchEmbed(
+        {name: asdict(m) for name, m in modalities.items()}, model.config.vision_config.hidden_size
+    )
     randomise(embeddings, seed + 1)
     model.model.vision_tower.embeddings = embeddings.to(model.dtype)
     save(model, directory, shards)

@@ -531,9 +531,11 @@ PICTURES: dict[str, tuple[str, ...]] = {
         "seed 1: runs/seeds/seed-1",
         "fold-1 without Oslo, 1 of 3",
     ),
+    "docs/pytorch.md": ("from transformers import AutoModelForImageTextToText",),  # tests/convert/test_with_code.py
     "docs/study.md": ("study: 25 subjects, 21 included",),
 }
-"""Page → beginnings of its blocks of kind `picture`: drawings, and what a terminal shows while one waits."""
+"""Page → beginnings of its blocks of kind `picture`: drawings, what a terminal shows while one waits, and a program
+that a test of its own runs without this package."""
 
 
 def look_at_picture(page: Page, block: Block) -> None:

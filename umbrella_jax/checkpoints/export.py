@@ -1,9 +1,11 @@
 """Write checkpoints: native, Hugging Face, or the trained parameters only."""
 
+import json
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -17,7 +19,7 @@ from convert.rules import EMBED, map_tensors
 from convert.to_hf import export, hub_tensors
 from convert.trainable import FILE, Trainable, write_trainable
 from umbrella_jax.checkpoints.checkpoint import PARAMS, Checkpoint, HfCheckpoint, has_tokenizer
-from umbrella_jax.data.tokenize import save_tokenizer
+from umbrella_jax.data.tokenize import save_tokenizer, stop_ids
 from umbrella_jax.errors import CheckpointError, ConfigError
 from umbrella_jax.io.files import check_new_folder, check_run_name, new_folder
 from umbrella_jax.io.reading import parse_yaml
@@ -90,6 +92,7 @@ def write_hf(
     max_shard_size: int | str = "5GB",
     include_untrained: bool = False,
     records: Sequence[TrainingRecord] = (),
+    with_code: bool = False,
 ) -> None:
     """Write a Hugging Face directory, tensor by tensor, with tokenizer and model card.
 
@@ -100,15 +103,23 @@ def write_hf(
         include_untrained: whether to write untrained modalities, which are otherwise left out
             (`untrained_to_leave_out`).
         records: facts about the runs that made the weights, for the model card.
+        with_code: whether to add code and settings with which transformers loads and asks the model without this
+            package: greedy, with the ends of an answer that we use.
+
+    Raises CheckpointError if the code needs a tokenizer and the checkpoint has none.
     """
     check_new_folder(out)
+    if with_code and not has_tokenizer(checkpoint.description):
+        raise CheckpointError(f"{checkpoint.description}: no tokenizer, which --with-code needs; copy the base's there")
     checkpoint = checkpoint.merged()
     left_out = {} if include_untrained else untrained_to_leave_out(checkpoint)
     modalities = {name: modality for name, modality in checkpoint.config.modalities.items() if name not in left_out}
     tensors = {path: tensor for path, tensor in checkpoint.tensors().items() if modality_of(path) not in left_out}
 
     def finish(part: Path) -> None:
-        if checkpoint.notes and has_tokenizer(checkpoint.description):
+        if with_code:
+            _write_for_generate(checkpoint.tokenizer(), part)
+        elif checkpoint.notes and has_tokenizer(checkpoint.description):
             save_tokenizer(checkpoint.tokenizer(), part)
 
     export(
@@ -124,8 +135,26 @@ def write_hf(
         untrained={name: why for name, why in checkpoint.untrained.items() if name not in left_out},
         records=records,
         license=read_license(checkpoint.origin.path / CARD),
+        with_code=with_code,
         finish=finish,
     )
+
+
+def _write_for_generate(tokenizer: Any, part: Path) -> None:
+    """Write tokenizer and generation_config.json with which transformers' `generate` answers as this package does.
+
+    A base's own generation_config.json may sample or have penalties, and lacks ends of an answer.
+    """
+    save_tokenizer(tokenizer, part)
+    file = part / "tokenizer_config.json"
+    settings, template = json.loads(file.read_text(encoding="utf-8")), tokenizer.chat_template
+    if isinstance(template, dict):
+        template = [{"name": name, "template": text} for name, text in template.items()]
+    if template:  # transformers 4.46 does not read chat_template.jinja
+        file.write_text(json.dumps({**settings, "chat_template": template}, indent=2, ensure_ascii=False) + "\n")
+    ends = stop_ids(tokenizer)
+    generation = {"do_sample": False, "eos_token_id": ends, "pad_token_id": ends[0]}
+    (part / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
 
 
 def read_license(card: Path) -> dict[str, str]:

@@ -16,7 +16,7 @@ from typing import Any
 
 from convert.checksum import KEY
 from convert.config_json import UMBRELLA_CONFIG, changed_files, read_checkpoint_json
-from convert.export_config import CARD, LOCAL_PATH, export_files, is_replaced, link_faults
+from convert.export_config import CARD, LOCAL_PATH, code_faults, export_files, is_replaced, link_faults
 from convert.safetensors_files import open_safetensors
 from convert.trainable import FILE as TRAINABLE
 from umbrella_jax.checkpoints.checkpoint import PARAMS, Checkpoint
@@ -112,6 +112,7 @@ def check_upload(
     hidden = {path: parts[0] for path, parts in names.items() if any(part.startswith(".") for part in parts)}
     faults = Faults(f"{path}: {_describe(path)}" for path in others if path not in hidden)
     faults += link_faults(directory, files)
+    faults += code_faults(directory)
     with faults:
         faults += changed_files(directory)
     for path in files:

@@ -50,6 +50,9 @@ def add(commands: Any) -> None:
     )
     to_hf.add_argument("--adapter", action="store_true", help="write a LoRA run as an adapter for PEFT")
     to_hf.add_argument("--include-untrained", action="store_true", help="export untrained modalities, too")
+    to_hf.add_argument(
+        "--with-code", action="store_true", help="add code that loads it in PyTorch without this package"
+    )
 
     stitch = add_command(
         convert,
@@ -135,6 +138,8 @@ def _to_hf(arguments: argparse.Namespace) -> None:
         left_out = name in untrained_to_leave_out(checkpoint) and not arguments.include_untrained
         what = "left out; --include-untrained exports it" if left_out else "exported as it is, recorded as untrained"
         print(f"{describe_part(name)} {why}: {what}")
+    if arguments.with_code and (arguments.trainable_only or arguments.adapter):
+        raise ConfigError("--with-code: needs the whole model; leave out --trainable-only and --adapter")
     if arguments.adapter:
         if arguments.trainable_only:
             raise ConfigError("adapter: an adapter has only trained weights anyway; leave --trainable-only out")
@@ -150,8 +155,12 @@ def _to_hf(arguments: argparse.Namespace) -> None:
         print(f"  umbrella-jax convert from-hf HF_DIR OUT --config FILE \\\n    --patch-embed {file}")
     else:
         records = read_training_records(checkpoint)
-        write_hf(checkpoint, out, max_shard_size=arguments.max_shard_size, records=records, **options)
+        options |= {"max_shard_size": arguments.max_shard_size, "with_code": arguments.with_code}
+        write_hf(checkpoint, out, records=records, **options)
         print(f"{out}: Hugging Face checkpoint; in PyTorch:\n  convert.torch_model.load_umbrella({str(out)!r})")
+        if arguments.with_code:
+            print("or, without this package:\n  AutoModelForImageTextToText.from_pretrained(")
+            print(f"    {str(out)!r}, trust_remote_code=True\n  )")
 
 
 def _stitch(arguments: argparse.Namespace) -> None:

@@ -1,0 +1,184 @@
+# Copyright 2026 The umbrella-jax authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""UMBRELLA in PyTorch: a LLaVA that sees brain MRI, through a patch embedding of volumes in place of that of images.
+
+    processor = AutoProcessor.from_pretrained(DIR, trust_remote_code=True)  # processing_umbrella.py
+    model = AutoModelForImageTextToText.from_pretrained(DIR, trust_remote_code=True)
+    inputs = processor("What is the sex of this subject?", [("T1", "scan.nii.gz")])
+    tokens = model.generate(**inputs, max_new_tokens=16)
+    print(processor.decode(tokens[0, inputs["input_ids"].shape[1] :]))
+
+umbrella-jax writes this file into exports. It needs only torch and transformers, 4.46 or later.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from functools import partial, wraps
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import LlavaForConditionalGeneration, LlavaOnevisionConfig, PreTrainedModel
+
+try:
+    from transformers import conversion_mapping
+except ImportError:  # transformers 4
+    pass
+else:  # transformers 5 renames the tensors of a file for its own classes only
+    for _name in ("UmbrellaForConditionalGeneration", "UmbrellaOnevisionForConditionalGeneration"):
+        conversion_mapping.register_checkpoint_conversion_mapping(
+            _name, conversion_mapping.get_checkpoint_conversion_mapping("llava"), overwrite=True
+        )
+
+_KEEPS_FLOAT32 = hasattr(PreTrainedModel, "_keep_in_fp32_modules_strict")
+"""Whether this version of transformers can load a float32 module of a bfloat16 model in every way."""
+
+
+class TorchPatchEmbed(nn.Module):
+    """Volume patch embedding, which replaces SigLIP's `embeddings`.
+
+    It has {m}_proj and {m}_positional_embeddings for each modality m. The shape of a volume determines its modality; if
+    two modalities share a shape, set `.modality` to the name of one.
+    """
+
+    def __init__(self, modalities: Mapping[str, Mapping[str, Any]], hidden_size: int):
+        super().__init__()
+        self.modalities = {name: (tuple(m["size"]), tuple(m["patch"])) for name, m in modalities.items()}
+        self.modality: str | None = None
+        for name, (size, patch) in self.modalities.items():
+            if len(patch) == 3:
+                proj: nn.Module = nn.Conv3d(1, hidden_size, patch, stride=patch)
+            else:
+                proj = nn.Linear(math.prod(patch), hidden_size)
+            num_patches = math.prod(s // p for s, p in zip(size, patch, strict=True))
+            table = nn.Parameter(torch.empty(1, num_patches, hidden_size))
+            nn.init.trunc_normal_(proj.weight, std=0.02)
+            nn.init.zeros_(proj.bias)
+            nn.init.trunc_normal_(table, std=0.02)
+            self.add_module(f"{name}_proj", proj)
+            self.register_parameter(f"{name}_positional_embeddings", table)
+
+    def forward(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False) -> torch.Tensor:
+        """Embed volumes (B, 1, D, H, W) or (B, 1, D, H, W, T) of one modality: (B, N, E) in the parameters' dtype.
+
+        Raises ValueError if no modality, or more than one, has this shape.
+        """
+        name = self._modality_of(pixel_values)
+        proj, (_, patch) = getattr(self, f"{name}_proj"), self.modalities[name]
+        x = pixel_values.to(proj.weight.device, proj.weight.dtype)
+        x = proj(x).flatten(2).transpose(1, 2) if len(patch) == 3 else proj(_patchify(x[:, 0], patch))
+        return x + getattr(self, f"{name}_positional_embeddings")
+
+    def _modality_of(self, pixel_values: torch.Tensor) -> str:
+        """Return the modality whose volumes have this shape."""
+        shape = tuple(pixel_values.shape)
+        fits = [m for m, (size, _) in self.modalities.items() if shape[1:] == (1, *size) and self.modality in (None, m)]
+        if len(fits) == 1:
+            return fits[0]
+        if fits:
+            raise ValueError(f"volumes {shape} may be {' or '.join(fits)}: set .modality of the patch embedding")
+        known = ", ".join(f"{m} (B, 1, {', '.join(map(str, size))})" for m, (size, _) in self.modalities.items())
+        meant = f", and .modality is {self.modality}" if self.modality else ""
+        raise ValueError(f"volumes {shape}: expected {known}{meant}")
+
+
+def _patchify(x: torch.Tensor, patch: tuple[int, ...]) -> torch.Tensor:
+    """Cut (B, *size) into patches (B, N, P), patches and their voxels in C order; a remainder at the end is cropped."""
+    grid = [s // p for s, p in zip(x.shape[1:], patch, strict=True)]
+    x = x[(slice(None), *(slice(g * p) for g, p in zip(grid, patch, strict=True)))]
+    x = x.reshape(x.shape[0], *(n for gp in zip(grid, patch, strict=True) for n in gp))
+    x = x.permute(0, *range(1, x.ndim, 2), *range(2, x.ndim, 2))
+    return x.reshape(x.shape[0], math.prod(grid), math.prod(patch))
+
+
+class UmbrellaForConditionalGeneration(LlavaForConditionalGeneration):
+    """A LLaVA that sees volumes: `pixel_values` are those of one modality, or a list with those of several.
+
+    `config.umbrella` describes the modalities. The patch embedding has the type `config.patch_embed_dtype`, float32
+    unless you ask for another: `from_pretrained(DIR, dtype=torch.bfloat16, patch_embed_dtype="bfloat16")`.
+    """
+
+    _keep_in_fp32_modules_strict: Any = ("embeddings",)
+    _supports_param_buffer_assignment = False  # 4.46 would give all parameters the types of the file
+
+    def __init__(self, config: Any):
+        if not hasattr(config, "umbrella"):
+            raise ValueError("config.json describes no volumes (umbrella); use LlavaForConditionalGeneration")
+        config.image_seq_length = 0  # else 4.46 may take one <image> for all patches of a volume
+        config.patch_embed_dtype = str(getattr(config, "patch_embed_dtype", "float32")).removeprefix("torch.")
+        super().__init__(config)
+        embeddings = TorchPatchEmbed(config.umbrella["modalities"], config.vision_config.hidden_size)
+        embeddings.to(getattr(torch, config.patch_embed_dtype))
+        if config.patch_embed_dtype != "float32":
+            self._keep_in_fp32_modules_strict = set()
+        elif self.device.type == "meta" and torch.get_default_dtype() != torch.float32 and not _KEEPS_FLOAT32:
+            raise ValueError(
+                f"transformers {transformers.__version__} would round the float32 patch embedding: leave out "
+                "device_map and low_cpu_mem_usage, ask for patch_embed_dtype, or install transformers 5"
+            )
+        tower = getattr(self.base_model.vision_tower, "vision_model", self.base_model.vision_tower)
+        tower.embeddings = embeddings
+        embeddings.register_forward_hook(partial(_to_type_of, tower.encoder.layers[0].layer_norm1))
+
+    @wraps(LlavaForConditionalGeneration.forward)  # Trainer and generate look at the signature
+    def forward(self, input_ids: Any = None, pixel_values: Any = None, **kwargs: Any) -> Any:
+        if pixel_values is not None:
+            volumes = pixel_values if isinstance(pixel_values, list | tuple) else [pixel_values]
+            words = self.get_input_embeddings()(input_ids)
+            features = torch.cat([self._features(v) for v in volumes]).to(words)
+            shown = input_ids == self.config.image_token_index
+            if shown.sum() != len(features):
+                raise ValueError(f"{shown.sum()} <image> in the text, but the volumes have {len(features)} patches")
+            kwargs["inputs_embeds"] = words.masked_scatter(shown[..., None].expand_as(words), features)
+            input_ids = None
+        return super().forward(input_ids=input_ids, **kwargs)
+
+    def _supports_mm_encoder_outputs(self) -> bool:
+        """Return that `generate` of transformers 5 leaves the volumes to `forward`, which takes a list."""
+        return False
+
+    def _features(self, volumes: torch.Tensor) -> torch.Tensor:
+        """Return the projected features of volumes (B, 1, *size) of one modality, (B * N, E)."""
+        layer, strategy = self.config.vision_feature_layer, self.config.vision_feature_select_strategy
+        output = self.get_image_features(
+            pixel_values=volumes, vision_feature_layer=layer, vision_feature_select_strategy=strategy
+        )
+        return torch.cat(list(getattr(output, "pooler_output", output)))  # 4.46 returns them, 5 an output
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """Save the model with this file, and umbrella_config.json, which umbrella-jax reads."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        text = json.dumps(self.config.umbrella, indent=2) + "\n"
+        Path(save_directory, "umbrella_config.json").write_text(text, encoding="utf-8")
+
+
+class UmbrellaOnevisionForConditionalGeneration(UmbrellaForConditionalGeneration):
+    """The same on LLaVA-OneVision, whose `image_newline` is kept; only tiles of images use it, not volumes."""
+
+    config_class = LlavaOnevisionConfig
+
+    def __init__(self, config: Any):
+        super().__init__(config)
+        self.base_model.image_newline = nn.Parameter(torch.zeros(config.text_config.hidden_size))
+
+
+def _to_type_of(norm: nn.Module, _: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+    return output.to(norm.weight.dtype)
+
+
+UmbrellaForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
+UmbrellaOnevisionForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
