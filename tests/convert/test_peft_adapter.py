@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen2ForCausalLM
 
 import umbrella_jax
-from convert.peft_adapter import ONLY, READ, WITHOUT_EFFECT, open_adapter, rewrite_adapter
+from convert.from_hf import fingerprint
+from convert.peft_adapter import ONLY, READ, WITHOUT_EFFECT, open_adapter, write_adapter
 from convert.rules import hub_name
 from convert.to_hf import hub_tensors
 from convert.torch_model import load_umbrella
@@ -352,7 +353,9 @@ for model in (load_umbrella(base, adapter=adapter), PeftModel.from_pretrained(lo
 
 @pytest.mark.slow
 def test_the_same_adapter_under_transformers_4_46(base: Path, adapter: tuple[Path, Any], tmp_path: Path) -> None:
-    rewrite_adapter(adapter[0], tmp_path / "adapter")
+    (tmp_path / "adapter").mkdir()
+    described = {"base_fingerprint": fingerprint(base), "modalities": dict(MODALITIES)}
+    write_adapter(tmp_path / "adapter", replace(open_adapter(adapter[0]), **described), None)
     ids = torch.tensor([[*[checkpoints.IMAGE_ID] * MODALITIES["T1"].num_patches, *range(20, 40)]])
     inputs = {"input_ids": ids, "pixel_values": torch.randn(1, 1, *MODALITIES["T1"].size)}
     with torch.no_grad():
