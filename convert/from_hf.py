@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import json
 import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +23,7 @@ from convert.safetensors_files import open_checkpoint, weights_digest
 from convert.trainable import Trainable
 from umbrella_jax.config.schema import AS_STORED, ModalityConfig, PatchEmbedInit, resolve_modality
 from umbrella_jax.errors import CheckpointError
+from umbrella_jax.io.files import strict_json
 from umbrella_jax.models.llava import LlavaConfig, Params
 from umbrella_jax.models.patch_embed import PatchEmbed
 from umbrella_jax.models.paths import EMBEDDINGS, adapted_weight, adapter_paths, modality_of
@@ -302,7 +302,7 @@ def fingerprint(directory: str | Path, patch_embed: Path | None = None) -> str:
             f"{patch_embed}: trained on another base (fingerprint {str(trained.base_fingerprint)[:12]}) than "
             f"{directory} ({own[:12]}); name the one that it was trained on"
         )
-    scales = json.dumps(sorted(trained.scales.items())) if trained.scales else ""
+    scales = strict_json(sorted(trained.scales.items())) if trained.scales else ""
     return hashlib.sha256((own + weights_digest(trained.tensors) + scales).encode()).hexdigest()
 
 

@@ -3,7 +3,6 @@
 Formulas and names are PEFT's (peft/tuners/lora): W + s·B·A with s = alpha/r, or alpha/√r with `use_rslora`.
 """
 
-import json
 import math
 import re
 from collections import Counter
@@ -22,6 +21,7 @@ from convert.safetensors_files import open_bin, open_safetensors, write_safetens
 from convert.trainable import Trainable, make_header, open_trainable, parse_header
 from umbrella_jax.config.schema import LoraConfig
 from umbrella_jax.errors import CheckpointError, ConfigError
+from umbrella_jax.io.files import strict_json
 from umbrella_jax.io.reading import read_json
 from umbrella_jax.models.paths import (
     EMBEDDINGS,
@@ -179,7 +179,7 @@ def _read_description(file: Path) -> dict[str, Any]:
         value = stated.get(key)
         is_absent = key != "peft_type" and (value is None or (None in values and not value))
         if not is_absent and not any(value == known and type(value) is type(known) for known in values):
-            supported = " or ".join(json.dumps(known) for known in values)
+            supported = " or ".join(strict_json(known) for known in values)
             faults.append(f"{file}: {key}: {value!r} is not supported, expected {supported}: {why}")
     known = {*READ, *ONLY, *WITHOUT_EFFECT}
     faults += [
@@ -317,7 +317,7 @@ def write_adapter(out: Path, trained: Trainable, base: str | None) -> None:
     }
     tensors = {_PREFIX + name: tensor for name, tensor in trained.tensors.items()}
     tensors |= {f"{_PREFIX}model.{_name_in_5(name)}": tensor for name, tensor in whole.items()}
-    (out / ADAPTER).write_text(json.dumps(description, indent=2) + "\n")
+    (out / ADAPTER).write_text(strict_json(description, indent=2) + "\n")
     write_safetensors(out / WEIGHTS, tensors, make_header(trained), record=True)
 
 

@@ -174,6 +174,7 @@ def test_json_is_written_by_strict_json() -> None:
     exempt = {"training/checkpoint.py", "distributed.py", "data/cache.py", "data/tokenize.py", "data/inputs.py"}
     exempt |= {"study/sheet_process.py", "inference/constrained.py", "scoring/structured.py"}
     exempt |= {"demo/base.py", "demo/data.py", "safetensors_files.py", "export_config.py", "trainable.py", "files.py"}
+    exempt |= {"modeling_umbrella.py"}  # which imports nothing of ours; its JSON comes from such a file
     for path in SOURCES:
         if not path.as_posix().endswith(tuple(exempt)):
             assert "json.dump" not in path.read_text(), path

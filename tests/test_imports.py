@@ -32,6 +32,7 @@ FLOORS: tuple[dict[str, set[str]], ...] = (
             "ml_dtypes",
             "nibabel",
             "numpy",
+            "peft",
             "safetensors",
             "torch",
             "transformers",

@@ -21,7 +21,7 @@ from convert.trainable import FILE, Trainable, write_trainable
 from umbrella_jax.checkpoints.checkpoint import PARAMS, Checkpoint, HfCheckpoint, has_tokenizer
 from umbrella_jax.data.tokenize import save_tokenizer, stop_ids
 from umbrella_jax.errors import CheckpointError, ConfigError
-from umbrella_jax.io.files import check_new_folder, check_run_name, new_folder
+from umbrella_jax.io.files import check_new_folder, check_run_name, new_folder, strict_json
 from umbrella_jax.io.reading import parse_yaml
 from umbrella_jax.models import abstract_params
 from umbrella_jax.models.paths import PROJECTOR, adapted_weight, adapter_paths, is_component, modality_of
@@ -151,10 +151,10 @@ def _write_for_generate(tokenizer: Any, part: Path) -> None:
     if isinstance(template, dict):
         template = [{"name": name, "template": text} for name, text in template.items()]
     if template:  # transformers 4.46 does not read chat_template.jinja
-        file.write_text(json.dumps({**settings, "chat_template": template}, indent=2, ensure_ascii=False) + "\n")
+        file.write_text(strict_json({**settings, "chat_template": template}, indent=2, ensure_ascii=False) + "\n")
     ends = stop_ids(tokenizer)
     generation = {"do_sample": False, "eos_token_id": ends, "pad_token_id": ends[0]}
-    (part / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+    (part / "generation_config.json").write_text(strict_json(generation, indent=2) + "\n")
 
 
 def read_license(card: Path) -> dict[str, str]:

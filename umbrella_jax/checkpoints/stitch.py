@@ -1,6 +1,5 @@
 """Put a vision tower and a language model together as a base: a LLaVA with a new projector that must be trained."""
 
-import json
 import shutil
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,7 +28,7 @@ from umbrella_jax.checkpoints.export import read_license
 from umbrella_jax.data.placeholders import IMAGE_MARKER
 from umbrella_jax.data.tokenize import load_tokenizer, save_tokenizer
 from umbrella_jax.errors import CheckpointError, Faults
-from umbrella_jax.io.files import check_new_folder, new_folder
+from umbrella_jax.io.files import check_new_folder, new_folder, strict_json
 from umbrella_jax.models import LlavaConfig
 from umbrella_jax.models.paths import LANGUAGE_MODEL, PROJECTOR, VISION_MODEL, VISION_TOWER
 
@@ -111,7 +110,7 @@ def stitch(vision: str | Path, language: str | Path, out: str | Path, *, seed: i
                     shutil.copyfile(file, part / f"LICENSE-{one.title.split()[0]}{file.name.removeprefix('LICENSE')}")
                 elif file.name == _GENERATION and one.title == LANGUAGE:
                     shutil.copyfile(file, part / file.name)
-        (part / CONFIG).write_text(json.dumps(base.raw, indent=2) + "\n")
+        (part / CONFIG).write_text(strict_json(base.raw, indent=2) + "\n")
         save_tokenizer(base.tokenizer, part)
         (part / CARD).write_text(_card(out.name, base), encoding="utf-8")
         record = {

@@ -58,7 +58,7 @@ def add(commands: Any) -> None:
         convert,
         "stitch",
         _stitch,
-        "Make a base of a vision tower and a language model, with a new projector.",
+        "Make a base of a vision tower and a language model.",
         "umbrella-jax convert stitch --vision siglip2 --language qwen3 base",
     )
     stitch.add_argument("out", metavar="OUT", help="directory to write")

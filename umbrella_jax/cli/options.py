@@ -19,7 +19,7 @@ from umbrella_jax.io.reading import parse_yaml
 _DATA, _RUN = "model and data", "run"
 _FLAGS: dict[str, tuple[str, str, type, str, str]] = {
     "--base": (_DATA, "model.base", str, "HF_DIR", "LLaVA folder, hub name, checkpoint, run"),
-    "--adapter": (_DATA, "model.adapter", str, "DIR", "PEFT adapter to merge or, with model.lora, train on"),
+    "--adapter": (_DATA, "model.adapter", str, "DIR", "PEFT adapter to start from"),
     "--train-data": (_DATA, "data.train", str, "PATH", "conversations (.json, .jsonl or folder)"),
     "--eval-data": (_DATA, "data.eval", str, "PATH", "conversations to evaluate on"),
     "--image-root": (_DATA, "data.image_root", str, "DIR", "folder of relative image paths"),
@@ -27,7 +27,7 @@ _FLAGS: dict[str, tuple[str, str, type, str, str]] = {
     "--task-filter": (_DATA, "data.task_filter", str, "NAME", "only conversations of this task"),
     "--cache": (_DATA, "data.cache", str, "DIR", "folder for preprocessed volumes"),
     "--output-dir": (_RUN, "output_dir", str, "DIR", "directory of the run"),
-    "--batch-size": (_RUN, "train.batch_size", int, "N", "conversations per micro-batch, over all devices"),
+    "--batch-size": (_RUN, "train.batch_size", int, "N", "conversations per micro-batch"),
     "--accumulate-steps": (_RUN, "train.accumulate_steps", int, "N", "micro-batches per update"),
     "--mesh": (_RUN, "mesh", str, "AXES", "devices per axis: data=N,fsdp=N,tensor=N"),
     "--learning-rate": (_RUN, "train.learning_rate", float, "RATE", "peak learning rate"),
