@@ -62,7 +62,7 @@ def load_umbrella(
         patch_embed: a file of `convert to-hf --trainable-only`, or the folder of a PEFT adapter, to merge into it.
         adapter: folder of a PEFT adapter, or its name on the hub; the model is then a `peft.PeftModel`, with the patch
             embedding of the adapter if it has one. Not together with `patch_embed`.
-        patch_embed_dtype: type of the patch embedding; by default the one in the file, float32 in the export of a run.
+        patch_embed_dtype: type of the patch embedding; by default float32 with a `dtype`, else the type in the file.
         device: where the parameters go, one by one.
         attn_implementation: as for `from_pretrained`: `eager`, `sdpa`, `flash_attention_2`; by default transformers'.
 
@@ -82,6 +82,8 @@ def load_umbrella(
         )
     if patch_embed is not None:
         fingerprint(directory, patch_embed)  # raises for another base
+    if patch_embed_dtype is None and dtype is not None:
+        patch_embed_dtype = torch.float32
     types = {False: _dtype_name(dtype), True: _dtype_name(patch_embed_dtype)}
     params = {path: tensor.astype(types[modality_of(path) is not None]) for path, tensor in plan.params().items()}
     stated: dict[str, Any] = {"template": stored_template(directory, patch_embed)}

@@ -9,11 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from convert.config_json import read_config
-from convert.from_hf import load_params
 from convert.rules import hub_name
 from convert.safetensors_files import open_checkpoint
-from convert.to_hf import export
 from convert.torch_model import TorchPatchEmbed, load_umbrella
 from tests.helpers import torch_golden
 from tests.helpers.checkpoints import MODALITIES, write_stock, write_umbrella
@@ -87,13 +84,16 @@ def test_export_of_mixed_types(tmp_path, group, modality):
     assert torch.equal(converted, exact)
 
 
+@pytest.mark.parametrize("asked", [None, torch.float16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_one_type(tmp_path, dtype):
-    write_stock(tmp_path / "base", dtype="bfloat16")
-    config = read_config(tmp_path / "base", MODALITIES)
-    export(tmp_path / "out", load_params(tmp_path / "base", config)[0], config, tmp_path / "base")
-    model = load_umbrella(tmp_path / "out", dtype)
-    assert {p.dtype for p in model.parameters()} == {dtype}
+def test_the_patch_embedding_is_float32_unless_asked_otherwise(tmp_path, dtype, asked):
+    """Here it is bfloat16 in the file, so that its values are the same in float32."""
+    write_umbrella(tmp_path, dtype="bfloat16")
+    model = load_umbrella(tmp_path, dtype, patch_embed_dtype=asked)
+    types = {"patch embedding": set(), "others": set()}
+    for name, parameter in model.named_parameters():
+        types["patch embedding" if "embeddings." in name else "others"].add(parameter.dtype)
+    assert types == {"patch embedding": {asked or torch.float32}, "others": {dtype}}
     ids = torch.tensor([[5, *[320] * 18, 7]])
     volume = torch.randn(1, 1, 11, 9, 7, generator=torch.Generator().manual_seed(0))
     assert model(input_ids=ids, pixel_values=volume).logits.isfinite().all()

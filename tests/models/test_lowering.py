@@ -61,7 +61,7 @@ def test_a_layer_keeps_only_the_values_of_its_policy(backend):
     config = SiglipConfig(
         hidden_size=144, intermediate_size=300, num_hidden_layers=3, num_attention_heads=2, layer_norm_eps=1e-6
     )
-    graphdef, params = nnx.split(nnx.eval_shape(lambda: SiglipEncoder(config, rngs=nnx.Rngs(0)).layers))
+    graphdef, params = nnx.split(nnx.eval_shape(lambda: SiglipEncoder(config, 3, rngs=nnx.Rngs(0)).layers))
     attend = partial(attention, causal=False, backend=backend)
 
     def kept(remat):
