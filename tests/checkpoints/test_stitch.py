@@ -24,6 +24,7 @@ from tests.helpers.training_case import QUICK
 from umbrella_jax import Processor
 from umbrella_jax.checkpoints.checkpoint import Checkpoint
 from umbrella_jax.checkpoints.stitch import stitch
+from umbrella_jax.config.schema import to_dict
 from umbrella_jax.data.tokenize import stop_ids
 from umbrella_jax.models import merge, split
 
@@ -76,7 +77,7 @@ def test_parts_keep_their_bits_and_give_what_transformers_gives(
     only_t1 = {"T1": MODALITIES["T1"]}
     model = umbrella_jax.load(tmp_path / "base", modalities=only_t1, allow_untrained=True, dtype="float32")
     graphdef, params = split(model)
-    tower.embeddings = TorchPatchEmbed(only_t1, tower.config.hidden_size)
+    tower.embeddings = TorchPatchEmbed({"T1": to_dict(only_t1["T1"])}, tower.config.hidden_size)
     randomise(tower.embeddings, 5)
     for name, p in tower.embeddings.named_parameters():
         path = f"{TOWER}embeddings.{name}"
@@ -215,7 +216,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "other language": (edit(QWEN, model_type="llama"), f"{QWEN}: model_type: 'llama' is not supported: expected 'qw"),
     "activation": (edit(QWEN, hidden_act="relu"), f"{QWEN}: hidden_act: 'relu' is not supported"),
     "quantised": (edit(QWEN, quantization_config={}), f"{QWEN}: quantization_config: quantised weights cannot"),
-    "code": (edit(QWEN, auto_map={}), f"{QWEN}: auto_map: names code to be run"),
+    "code": (edit(QWEN, auto_map={"AutoModel": "modeling_qwen.Qwen"}), f"{QWEN}: auto_map: names code to be run"),
     "pickle": (
         lambda root: (root / "qwen/model.safetensors").rename(root / "qwen/pytorch_model.bin"),
         "qwen/pytorch_model.bin: a pickle of PyTorch, expected model.safetensors; save the model",
@@ -255,6 +256,14 @@ def test_refuses_faulty_parts_before_anything_is_written(
     words = ["convert", "stitch", "--vision", root / "siglip", "--language", root / "qwen", tmp_path / "base"]
     assert f"{root}/{message}" in umbrella(*words, code=2)
     assert [path.name for path in tmp_path.iterdir()] == ["parts"]
+
+
+def test_a_base_can_be_read_although_a_part_has_an_auto_map_without_code(parts: Path, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(parts, tmp_path / "parts"))
+    for file in (SIGLIP, QWEN):
+        edit(file, auto_map={})(root)
+    write(root, tmp_path / "base")
+    Checkpoint.open(tmp_path / "base", MODALITIES)
 
 
 def test_refuses_a_folder_that_is_not_empty(parts: Path) -> None:

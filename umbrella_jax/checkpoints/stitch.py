@@ -35,7 +35,7 @@ from umbrella_jax.models.paths import LANGUAGE_MODEL, PROJECTOR, VISION_MODEL, V
 VISION, LANGUAGE = "vision tower", "language model"
 _GENERATION = "generation_config.json"
 _FLOATS = ("float32", "float16", "bfloat16")
-_OF_THE_FILES = ("architectures", "_name_or_path", "torch_dtype", "dtype", "transformers_version")
+_OF_THE_FILES = ("architectures", "_name_or_path", "torch_dtype", "dtype", "transformers_version", "auto_map")
 """Fields of a part's config.json that do not describe the part."""
 
 
