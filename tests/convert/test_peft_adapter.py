@@ -313,6 +313,7 @@ def test_weights_that_an_adapter_cannot_contain_are_named(run: Path, tmp_path: P
         write_peft(replace(checkpoint, groups=("lora", "language_model.model.norm.*")), tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_a_run_upon_a_merged_adapter_needs_it_and_exports_it(world: World, start: Path, tmp_path: Path) -> None:
     adapter = shutil.copytree(start, tmp_path / "adapter")
     flags = world.train_flags(tmp_path / "run", "--adapter", adapter)
