@@ -27,7 +27,7 @@ from convert.rules import hub_name
 from convert.safetensors_files import open_checkpoint
 from convert.torch_model import load_umbrella
 from tests.conftest import write_tokenizer
-from tests.helpers.checkpoints import MODALITIES, write_umbrella
+from tests.helpers.checkpoints import MODALITIES, folder_of_transformers_4_46, write_umbrella
 from umbrella_jax import Processor
 from umbrella_jax.checkpoints.checkpoint import Checkpoint
 from umbrella_jax.checkpoints.export import write_hf
@@ -190,10 +190,7 @@ def test_works_without_this_package(export: Path, answer_without_us: Callable[..
 def test_works_without_this_package_under_transformers_4_46(
     exports: Callable[[str], Path], answer_without_us: Callable[..., Path], base: str
 ) -> None:
-    first = os.environ.get("UMBRELLA_TRANSFORMERS_446")
-    if not first:
-        pytest.skip("UMBRELLA_TRANSFORMERS_446 is not set")
-    check_saved(exports(base), answer_without_us(exports(base), "4.46.3", first))
+    check_saved(exports(base), answer_without_us(exports(base), "4.46.3", folder_of_transformers_4_46()))
 
 
 @pytest.mark.slow

@@ -37,8 +37,8 @@ MODALITIES: dict[str, ModalityConfig] = {
 FAMILIES = (("T1", "rsfMRI"), ("sMRI", "fMRI"))
 
 
-def under_transformers_4_46(*words: object) -> None:
-    """Run `python WORDS` from the root with transformers 4.46.3 instead of the installed one; it must succeed.
+def folder_of_transformers_4_46() -> str:
+    """Return the folder with transformers 4.46.3.
 
     Skip if that version is missing: only scripts/test.sh installs it, into a folder of its own, since one environment
     cannot have two versions. Under CI its absence is a failure.
@@ -47,6 +47,12 @@ def under_transformers_4_46(*words: object) -> None:
     if not target and os.environ.get("CI") != "true":
         pytest.skip("UMBRELLA_TRANSFORMERS_446 is not set: scripts/test.sh installs transformers 4.46.3 and sets it")
     assert target, "CI must run this: UMBRELLA_TRANSFORMERS_446 is to name a folder with transformers 4.46.3"
+    return target
+
+
+def under_transformers_4_46(*words: object) -> None:
+    """Run `python WORDS` from the root with transformers 4.46.3 instead of the installed one; it must succeed."""
+    target = folder_of_transformers_4_46()
     run = subprocess.run(
         [sys.executable, *map(str, words)],
         cwd=ROOT,
