@@ -26,6 +26,7 @@ import json
 import math
 from collections.abc import Mapping
 from functools import partial, wraps
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +65,7 @@ class TorchPatchEmbed(nn.Module):
                 proj: nn.Module = nn.Conv3d(1, hidden_size, patch, stride=patch)
             else:
                 proj = nn.Linear(math.prod(patch), hidden_size)
-            num_patches = math.prod(s // p for s, p in zip(size, patch, strict=True))
-            table = nn.Parameter(torch.empty(1, num_patches, hidden_size))
+            table = nn.Parameter(torch.empty(1, _num_patches(size, patch), hidden_size))
             nn.init.trunc_normal_(proj.weight, std=0.02)
             nn.init.zeros_(proj.bias)
             nn.init.trunc_normal_(table, std=0.02)
@@ -83,6 +83,10 @@ class TorchPatchEmbed(nn.Module):
         x = proj(x).flatten(2).transpose(1, 2) if len(patch) == 3 else proj(_patchify(x[:, 0], patch))
         return x + getattr(self, f"{name}_positional_embeddings")
 
+    def num_patches(self, volumes: torch.Tensor) -> int:
+        """Return the number of patches N of each of these volumes. Raises ValueError as `forward`."""
+        return _num_patches(*self.modalities[self._modality_of(volumes)])
+
     def _modality_of(self, pixel_values: torch.Tensor) -> str:
         """Return the modality whose volumes have this shape."""
         shape = tuple(pixel_values.shape)
@@ -96,6 +100,10 @@ class TorchPatchEmbed(nn.Module):
         raise ValueError(f"volumes {shape}: expected {known}{meant}")
 
 
+def _num_patches(size: tuple[int, ...], patch: tuple[int, ...]) -> int:
+    return math.prod(s // p for s, p in zip(size, patch, strict=True))
+
+
 def _patchify(x: torch.Tensor, patch: tuple[int, ...]) -> torch.Tensor:
     """Cut (B, *size) into patches (B, N, P), patches and their voxels in C order; a remainder at the end is cropped."""
     grid = [s // p for s, p in zip(x.shape[1:], patch, strict=True)]
@@ -106,7 +114,10 @@ def _patchify(x: torch.Tensor, patch: tuple[int, ...]) -> torch.Tensor:
 
 
 class UmbrellaForConditionalGeneration(LlavaForConditionalGeneration):
-    """A LLaVA that sees volumes: `pixel_values` are those of one modality, or a list with those of several.
+    """A LLaVA that sees volumes, in the order of their `<image>` in the text, one row after the other.
+
+    `pixel_values` is a tensor (n, 1, *size) with volumes of one modality, or a list with one tensor (1, 1, *size) per
+    volume. Raises ValueError if the volumes of a row have not as many patches as the row has `<image>`.
 
     `config.umbrella` describes the modalities. The patch embedding has the type `config.patch_embed_dtype`, float32
     unless you ask for another: `from_pretrained(DIR, dtype=torch.bfloat16, patch_embed_dtype="bfloat16")`.
@@ -137,15 +148,46 @@ class UmbrellaForConditionalGeneration(LlavaForConditionalGeneration):
     @wraps(LlavaForConditionalGeneration.forward)  # Trainer and generate look at the signature
     def forward(self, input_ids: Any = None, pixel_values: Any = None, **kwargs: Any) -> Any:
         if pixel_values is not None:
-            volumes = pixel_values if isinstance(pixel_values, list | tuple) else [pixel_values]
+            rows = self._volumes_of_rows(input_ids, pixel_values)
+            volumes = [v for row in rows for v in row] if isinstance(pixel_values, list | tuple) else [pixel_values]
             words = self.get_input_embeddings()(input_ids)
             features = torch.cat([self._features(v) for v in volumes]).to(words)
-            shown = input_ids == self.config.image_token_index
-            if shown.sum() != len(features):
-                raise ValueError(f"{shown.sum()} <image> in the text, but the volumes have {len(features)} patches")
-            kwargs["inputs_embeds"] = words.masked_scatter(shown[..., None].expand_as(words), features)
+            shown = (input_ids == self.config.image_token_index)[..., None].expand_as(words)
+            kwargs["inputs_embeds"] = words.masked_scatter(shown, features)
             input_ids = None
         return super().forward(input_ids=input_ids, **kwargs)
+
+    def _volumes_of_rows(self, input_ids: Any, pixel_values: Any) -> list[list[torch.Tensor]]:
+        """Return the volumes (1, 1, *size) of each row of `input_ids`."""
+        if input_ids is None:
+            raise ValueError("pixel_values need input_ids, whose <image> they replace, not inputs_embeds")
+        stacks = pixel_values if isinstance(pixel_values, list | tuple) else [pixel_values]
+        if len(stacks) > 1 and any(len(stack) != 1 for stack in stacks):
+            shapes = ", ".join(str(tuple(stack.shape)) for stack in stacks)
+            raise ValueError(f"pixel_values: {shapes}; a list has one (1, 1, *size) per volume, in the text's order")
+        volumes = [volume[None] for stack in stacks for volume in stack]
+        embeddings = next(module for module in self.modules() if isinstance(module, TorchPatchEmbed))
+        patches = [embeddings.num_patches(volume) for volume in volumes]
+        wanted = (input_ids == self.config.image_token_index).sum(1).tolist()
+        ends = [0, *accumulate(patches)]  # index: number of volumes, value: their patches
+        totals = list(accumulate(wanted))
+        if totals[-1] != ends[-1] or not {*totals} <= {*ends}:
+            counts, sizes = (", ".join(map(str, numbers)) for numbers in (wanted, patches))
+            raise ValueError(f"rows with {counts} <image>, but volumes, in the same order, with {sizes} patches")
+        starts = [ends.index(total) for total in (0, *totals)]
+        return [volumes[start:end] for start, end in pairwise(starts)]
+
+    def _expand_inputs_for_generation(
+        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Any = None, **kwargs: Any
+    ) -> Any:
+        """Repeat the rows for beams, with all volumes of a row together; transformers would repeat each volume."""
+        pixel_values = kwargs.pop("pixel_values", None)
+        if pixel_values is not None and input_ids is not None and expand_size > 1:
+            rows = self._volumes_of_rows(input_ids, pixel_values)
+            volumes = [volume for row in rows for _ in range(expand_size) for volume in row]
+            pixel_values = volumes if isinstance(pixel_values, list | tuple) else torch.cat(volumes)
+        ids, kwargs = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
+        return ids, {**kwargs, "pixel_values": pixel_values}
 
     def _supports_mm_encoder_outputs(self) -> bool:
         """Return that `generate` of transformers 5 leaves the volumes to `forward`, which takes a list."""

@@ -50,9 +50,9 @@ def load_umbrella(
 ) -> Any:
     """Load an UMBRELLA checkpoint as `UmbrellaForConditionalGeneration`, in eval mode.
 
-    `model(input_ids, pixel_values=volumes, ...)` and `generate` take volumes of one modality, as
-    `TorchPatchEmbed.forward` does, or a list with those of several, and one `<image>` id per patch. Activations have
-    the type of the token embeddings.
+    `model(input_ids, pixel_values=volumes, ...)` and `generate` take volumes in the order of their `<image>` in the
+    text, one id per patch: a tensor (n, 1, *size), or for several modalities a list with one (1, 1, *size) per volume.
+    Activations have the type of the token embeddings.
 
     Args:
         directory: the checkpoint in Hugging Face format, or its name on the hub (`NAME` or `NAME@REVISION`); with

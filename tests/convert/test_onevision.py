@@ -67,7 +67,7 @@ def test_export_of_mixed_types_gives_its_numbers_in_pytorch(tmp_path: Path) -> N
     with torch.no_grad():
         mixed, expected = (m(ids, pixel_values=volume).logits for m in (model, exact))
         assert (mixed.float() - expected).abs().max() < 0.1 * expected.abs().max()
-        with pytest.raises(ValueError, match=r"17 .*volumes have 18 patches"):
+        with pytest.raises(ValueError, match=r"with 17 .*with 18 patches"):
             model(input_ids=ids[:, :-2], pixel_values=volume)
 
 

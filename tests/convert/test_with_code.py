@@ -303,6 +303,45 @@ def test_ids_and_labels_are_those_of_training(
         assert not learned[length:].any()
 
 
+def test_volumes_belong_to_the_rows_in_their_order(
+    export: Path, processor: UmbrellaProcessor, scans: dict[str, Path]
+) -> None:
+    model = UmbrellaForConditionalGeneration.from_pretrained(export).eval()
+    run = ("rsfMRI", scans["rsfMRI"])
+    others = [("T1", torch.randn(11, 9, 7)) for _ in range(3)]
+    for images in ([[run, others[0]], [others[1], run], []], [[others[0], others[1]], [others[2], others[0]]]):
+        texts, answers = [QUESTION, "And this?", "Nothing?"][: len(images)], ["male", "female", "?"][: len(images)]
+        batch = processor(texts, images, answers)
+        logits = model(**batch).logits
+        prompts = processor(texts, images)
+        options: dict[str, Any] = {"num_beams": 3, "max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+        beams = model.generate(**prompts, **options)[:, prompts["input_ids"].shape[1] :]
+        for row, (text, shown, answer) in enumerate(zip(texts, images, answers, strict=True)):
+            alone = processor(text, shown, answer)
+            length = alone["input_ids"].shape[1]
+            torch.testing.assert_close(logits[row, :length], model(**alone).logits[0], rtol=0, atol=1e-5)
+            alone = processor(text, shown)
+            expected = model.generate(**alone, **options)[0, alone["input_ids"].shape[1] :]
+            assert beams[row, : len(expected)].tolist() == expected.tolist()
+
+
+def test_volumes_in_another_order_are_refused(export: Path, processor: UmbrellaProcessor) -> None:
+    model = UmbrellaForConditionalGeneration.from_pretrained(export).eval()
+    t1, run = ((name, torch.randn(MODALITIES[name].size)) for name in ("T1", "rsfMRI"))
+    batch = processor([QUESTION, QUESTION], [[t1, run], [t1, run]])
+    one, two = (volume[None, None] for _, volume in (t1, run))
+    for pixels, message in [
+        ([one, one, two, two], "rows with"),
+        ([torch.cat([one, one]), torch.cat([two, two])], "one (1, 1, *size) per volume"),
+        ([one, two], "rows with"),
+        ([one, two, one, two, one], "rows with"),
+    ]:
+        with pytest.raises(ValueError, match=re.escape(message)):
+            model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], pixel_values=pixels)
+    with pytest.raises(ValueError, match="need input_ids"):
+        model(inputs_embeds=torch.zeros(1, 2, 64), pixel_values=one)
+
+
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT asks
 def test_trainer_and_lora_run_on_it(
     export: Path, processor: UmbrellaProcessor, scans: dict[str, Path], tmp_path: Path

@@ -290,7 +290,7 @@ class ModelCounts:
         """Return the bytes on each device at the peak of a step, by use."""
         local = batch_size / mesh.parts
         size, work, text = self.size, self.workload, self.config.text
-        kept = working = 0.0
+        kept = values_at_work = weights_at_work = 0.0
         for stack in self.stacks:
             values = stack.stored(mesh.tensor, size)
             lasting = sum(values[name] for name in KEPT[remat]) if stack.differentiated else values["input"]
@@ -299,16 +299,22 @@ class ModelCounts:
             passing = sum(values.values()) - lasting + values["mlp"] / (1 + stack.gated) + 3 * values["input"]
             if not self.tiled:  # a TPU's compiler writes gradients over the MLP's values
                 passing += values["mlp"]
-            working = max(working, local * passing + self.layer[stack.component] / mesh.tensor)
+            at_work = local * passing, self.layer[stack.component] / mesh.tensor
+            if sum(at_work) > values_at_work + weights_at_work:
+                values_at_work, weights_at_work = at_work
         trained = sum(weight.on_device(mesh) for weight in self.weights if weight.trained)
         logits = local * work.supervised * text.vocab_size * 4 * 2 / mesh.tensor  # the logits and their gradient
         gathered, head = (size * part / mesh.tensor * (mesh.fsdp > 1) for part in (self.gathered, self.head))
+        working = values_at_work + weights_at_work
         if not self.tiled:
             gathered = max(gathered, head)
-        elif working + gathered > logits + head:  # the head is done with when the first layer's backward pass begins
-            logits = 0.0
         else:
-            gathered, working = head, 0.0
+            if remat == "full":  # compiled, a layer's values are recomputed when its neighbours' weights are not there
+                gathered, working = max((gathered, weights_at_work), (0.0, values_at_work), key=sum)
+            if working + gathered > logits + head:  # the head is done with when the first layer's backward pass begins
+                logits = 0.0
+            else:
+                gathered, working = head, 0.0
         ends = work.patches + 2 * work.positions  # projector output; language model input and output
         return {
             "frozen weights": sum(w.on_device(mesh) for w in self.weights if not w.trained),
