@@ -24,7 +24,7 @@ umbrella-jax writes this file into exports. It needs only torch and transformers
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial, wraps
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -137,6 +137,7 @@ class UmbrellaForConditionalGeneration(LlavaForConditionalGeneration):
         if config.patch_embed_dtype != "float32":
             self._keep_in_fp32_modules_strict = set()
         elif self.device.type == "meta" and torch.get_default_dtype() != torch.float32 and not _KEEPS_FLOAT32:
+            torch.set_default_dtype(torch.float32)  # after an error, 4.46 would leave it for all later models
             raise ValueError(
                 f"transformers {transformers.__version__} would round the float32 patch embedding: leave out "
                 "device_map and low_cpu_mem_usage, ask for patch_embed_dtype, or install transformers 5"
@@ -200,6 +201,30 @@ class UmbrellaForConditionalGeneration(LlavaForConditionalGeneration):
             pixel_values=volumes, vision_feature_layer=layer, vision_feature_select_strategy=strategy
         )
         return torch.cat(list(getattr(output, "pooler_output", output)))  # 4.46 returns them, 5 an output
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate tokens as transformers does. Raises ValueError for volumes if weights that see them are untrained.
+
+        `config.umbrella["untrained"]` names these. Weights that PEFT replaces (`modules_to_save`) count as trained.
+        """
+        volumes = kwargs.get("pixel_values")
+        if volumes is not None and self.config.umbrella.get("untrained"):
+            self._check_trained(volumes if isinstance(volumes, list | tuple) else [volumes])
+        return super().generate(*args, **kwargs)
+
+    def _check_trained(self, stacks: Sequence[torch.Tensor]) -> None:
+        embeddings = next(module for module in self.modules() if isinstance(module, TorchPatchEmbed))
+        seen_by: dict[str, nn.Module] = {embeddings._modality_of(stack): embeddings for stack in stacks}
+        seen_by["projector"] = self.base_model.multi_modal_projector
+        wrappers = [m for m in self.modules() if getattr(m, "modules_to_save", None) and not m.disable_adapters]
+        replaced = {inner for wrapper in wrappers for inner in wrapper.modules()}
+        untrained = self.config.umbrella["untrained"]
+        if names := [name for name in seen_by if name in untrained and seen_by[name] not in replaced]:
+            reasons = "; ".join(f"{name}: {untrained[name]}" for name in names)
+            raise ValueError(
+                f"{reasons}: answers would mean nothing. Once these weights are trained, or to generate all the same, "
+                'remove the record: model.config.umbrella.pop("untrained")'
+            )
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Save the model with this file, and umbrella_config.json, which umbrella-jax reads."""

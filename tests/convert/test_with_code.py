@@ -141,6 +141,13 @@ assert low(**inputs).logits.isfinite().all()
 asked = dict(torch_dtype=torch.bfloat16, patch_embed_dtype="bfloat16")
 low = AutoModelForImageTextToText.from_pretrained(directory, trust_remote_code=True, **asked)
 assert {p.dtype for p in low.parameters()} == {torch.bfloat16}
+try:
+    AutoModelForImageTextToText.from_pretrained(
+        directory, trust_remote_code=True, torch_dtype=torch.bfloat16, low_cpu_mem_usage=True
+    )
+except ValueError as error:
+    assert "would round the float32 patch embedding" in str(error), error
+assert torch.get_default_dtype() == torch.float32
 """
 
 
@@ -373,6 +380,26 @@ def test_trainer_and_lora_run_on_it(
     trained = merged.get_parameter("model.vision_tower.embeddings.T1_proj.weight")
     assert not torch.equal(trained, before["model.vision_tower.embeddings.T1_proj.weight"])
     assert torch.equal(again.get_parameter("model.vision_tower.embeddings.T1_proj.weight"), trained)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT asks
+def test_untrained_weights_do_not_answer(export: Path, processor: UmbrellaProcessor, scans: dict[str, Path]) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = UmbrellaForConditionalGeneration.from_pretrained(export)
+    t1, run = (processor(QUESTION, [(name, path)]) for name, path in scans.items())
+    model.config.umbrella["untrained"] = {"T1": "random"}
+    assert model(**t1).logits.isfinite().all()  # it can train
+    model.generate(**run, max_new_tokens=1)
+    with pytest.raises(ValueError, match=r"T1: random: .* model\.config\.umbrella\.pop"):
+        model.generate(**t1, max_new_tokens=1)
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"], modules_to_save=["embeddings"]))
+    adapted.generate(**t1, max_new_tokens=1)
+    with adapted.disable_adapter(), pytest.raises(ValueError, match="T1: random"):
+        adapted.generate(**t1, max_new_tokens=1)
+    model.config.umbrella["untrained"] = {"projector": "never trained"}
+    with pytest.raises(ValueError, match="projector: never trained"):
+        adapted.generate(**run, max_new_tokens=1)
 
 
 def test_an_export_knows_its_code(export: Path, tmp_path: Path) -> None:
