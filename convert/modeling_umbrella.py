@@ -143,6 +143,7 @@ class UmbrellaForConditionalGeneration(LlavaForConditionalGeneration):
                 "device_map and low_cpu_mem_usage, ask for patch_embed_dtype, or install transformers 5"
             )
         tower = getattr(self.base_model.vision_tower, "vision_model", self.base_model.vision_tower)
+        del tower.embeddings  # the new ones come last: transformers takes the first parameter's type for the model's
         tower.embeddings = embeddings
         embeddings.register_forward_hook(partial(_to_type_of, tower.encoder.layers[0].layer_norm1))
 
@@ -226,6 +227,15 @@ class UmbrellaForConditionalGeneration(LlavaForConditionalGeneration):
                 'remove the record: model.config.umbrella.pop("untrained")'
             )
 
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Load parameters under their own names, or under those of the files that `save_pretrained` writes.
+
+        Trainer in transformers 5 resumes from such a file, and would leave out every tensor.
+        """
+        own = {_without_models(name): name for name in self.state_dict()}
+        named = {own.get(_without_models(name), name): tensor for name, tensor in state_dict.items()}
+        return super().load_state_dict(named, *args, **kwargs)
+
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Save the model with this file, and umbrella_config.json, which umbrella-jax reads."""
         super().save_pretrained(save_directory, *args, **kwargs)
@@ -241,6 +251,11 @@ class UmbrellaOnevisionForConditionalGeneration(UmbrellaForConditionalGeneration
     def __init__(self, config: Any):
         super().__init__(config)
         self.base_model.image_newline = nn.Parameter(torch.zeros(config.text_config.hidden_size))
+
+
+def _without_models(name: str) -> str:
+    """Return the name of a parameter without the models that contain it, whose names differ between versions."""
+    return ".".join(part for part in name.split(".") if part not in ("model", "language_model", "vision_model"))
 
 
 def _to_type_of(norm: nn.Module, _: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:

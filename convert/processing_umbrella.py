@@ -67,9 +67,13 @@ class UmbrellaProcessor(ProcessorMixin):
         for scans and texts that umbrella-jax refuses.
         """
         if isinstance(text, str):
-            text, images, answers = [text], [images], None if answers is None else [str(answers)]
-        shown = [[(self._modality(name), *scan) for name, *scan in row] for row in images or [()] * len(text)]
-        replies = [None] * len(text) if answers is None else answers
+            text, images, answers = [text], [images], None if answers is None else [answers]  # type: ignore[list-item]
+        images, replies = images or [()] * len(text), [None] * len(text) if answers is None else answers
+        if isinstance(replies, str) or not 0 < len(text) == len(images) == len(replies):
+            raise ValueError(
+                f"questions {text!r}, answers {answers!r}, {len(images)} lists of images: expected as many of each"
+            )
+        shown = [[self._image(image) for image in row] for row in images]
         rows = [self._encode(*row) for row in zip(text, shown, replies, strict=True)]
         length = max(len(ids) for ids, _ in rows)
         pad = self.tokenizer.pad_token_id or 0
@@ -96,6 +100,8 @@ class UmbrellaProcessor(ProcessorMixin):
             return torch.from_numpy(load_volume(scan, m, window))
         if tuple(scan.shape) != tuple(m["size"]):
             raise ValueError(f"{modality}: a tensor of shape {tuple(scan.shape)}, expected {tuple(m['size'])}")
+        if not scan.isfinite().all():
+            raise ValueError(f"{modality}: a tensor with NaN or infinity")
         return scan.float()
 
     def decode(self, tokens: Any, **options: Any) -> str:
@@ -117,8 +123,16 @@ class UmbrellaProcessor(ProcessorMixin):
                 return fits[0]
         raise ValueError(f"modality {name}: the model has {', '.join(self.modalities)}")
 
+    def _image(self, image: Any) -> tuple[Any, ...]:
+        """Return an image with the modality that its name means."""
+        if not (isinstance(image, list | tuple) and len(image) in (2, 3) and isinstance(image[0], str)):
+            raise ValueError(f"image {image!r}: expected (modality, scan) or (modality, scan, window of a run)")
+        return (self._modality(image[0]), *image[1:])
+
     def _encode(self, question: str, images: Sequence[Any], answer: str | None) -> tuple[list[int], list[bool]]:
         """Return the ids of a question and its answer, an <image> per patch, and whether each is learned."""
+        if not isinstance(question, str) or not isinstance(answer, str | None):
+            raise ValueError(f"question {question!r}, answer {answer!r}: expected texts")
         control = sorted({TURN_START, TURN_END, IMAGE, *self.tokenizer.all_special_tokens})
         if forged := [token for token in control if token in question or token in (answer or "")]:
             raise ValueError(f"text contains {' and '.join(forged)}, a control token of the tokenizer; take it out")

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from packaging.requirements import Requirement
+from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
 
 import umbrella_jax
@@ -138,6 +139,9 @@ low = AutoModelForImageTextToText.from_pretrained(directory, trust_remote_code=T
 types = {("embeddings." in name): p.dtype for name, p in low.named_parameters()}
 assert types == {True: torch.float32, False: torch.bfloat16}, types
 assert low(**inputs).logits.isfinite().all()
+low.save_pretrained(saved + "-low")
+again = AutoModelForImageTextToText.from_pretrained(saved + "-low", trust_remote_code=True, torch_dtype="auto")
+assert types == {("embeddings." in name): p.dtype for name, p in again.named_parameters()}
 asked = dict(torch_dtype=torch.bfloat16, patch_embed_dtype="bfloat16")
 low = AutoModelForImageTextToText.from_pretrained(directory, trust_remote_code=True, **asked)
 assert {p.dtype for p in low.parameters()} == {torch.bfloat16}
@@ -282,6 +286,25 @@ def test_what_needs_more_or_is_ambiguous_is_refused_by_name(
         processor("<image>?", [("T1", scans["T1"])])
     with pytest.raises(ValueError, match=re.escape("T1: a tensor of shape (2,), expected (11, 9, 7)")):
         processor(QUESTION, [("T1", torch.ones(2))])
+    with pytest.raises(ValueError, match="T1: a tensor with NaN"):
+        processor(QUESTION, [("T1", torch.full((11, 9, 7), torch.nan))])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((QUESTION, [("T1", torch.ones(11, 9, 7))], ["male"]), r"answer \['male'\]: expected texts"),
+        ((["a", "b"], [], "no"), "answers 'no', 2 lists of images: expected as many of each"),
+        (([], []), "expected as many of each"),
+        ((QUESTION, ["/scans/t1.nii.gz"]), r"image '/scans/t1\.nii\.gz': expected \(modality, scan\)"),
+        ((QUESTION, ("T1", "/scans/t1.nii.gz")), "image 'T1': expected"),
+    ],
+)
+def test_arguments_of_another_form_are_refused(
+    processor: UmbrellaProcessor, words: tuple[Any, ...], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        processor(*words)
 
 
 def test_an_image_in_memory_is_the_file(processor: UmbrellaProcessor, scans: dict[str, Path]) -> None:
@@ -377,6 +400,9 @@ def test_trainer_and_lora_run_on_it(
     merged.save_pretrained(tmp_path / "saved")
     shutil.copyfile(export / "tokenizer.json", tmp_path / "saved" / "tokenizer.json")
     again = load_umbrella(tmp_path / "saved")
+    resumed = UmbrellaForConditionalGeneration.from_pretrained(export)
+    resumed.load_state_dict(load_file(tmp_path / "saved" / "model.safetensors"))  # as Trainer does
+    assert all(torch.equal(p, merged.get_parameter(name)) for name, p in resumed.named_parameters())
     trained = merged.get_parameter("model.vision_tower.embeddings.T1_proj.weight")
     assert not torch.equal(trained, before["model.vision_tower.embeddings.T1_proj.weight"])
     assert torch.equal(again.get_parameter("model.vision_tower.embeddings.T1_proj.weight"), trained)
