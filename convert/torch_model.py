@@ -126,14 +126,19 @@ def umbrella_model(
     """Return the model of `load_umbrella` with the parameters `params`.
 
     Only the modalities come from `config`; transformers reads everything else from `raw`, a config.json. Raises
-    CheckpointError if that needs a head which is not among the parameters.
+    CheckpointError if this version does not know the language model, or if it needs a head which is not among the
+    parameters.
 
     Args:
         stated: further fields of umbrella_config.json, which `save_pretrained` writes again.
         device, attn_implementation: as for `load_umbrella`.
     """
     kind = getattr(modeling_umbrella, torch_class(raw["model_type"]))
-    hf_config = kind.config_class.from_dict(dict(raw))
+    try:
+        hf_config = kind.config_class.from_dict(dict(raw))
+    except KeyError as error:  # such as 'qwen3' before 4.51
+        why = f"transformers {transformers.__version__} does not know {error}; install a later version"
+        raise CheckpointError(f"{CONFIG}: {why}") from error
     modalities = {name: to_dict(modality) for name, modality in config.modalities.items()}
     hf_config.umbrella = {**(stated or {}), "modalities": modalities}
     with torch.device("meta"):  # only the structure: nothing is allocated or initialised

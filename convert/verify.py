@@ -208,7 +208,8 @@ def compare_reading(description: Path, config: LlavaConfig, *, grown: bool) -> l
             ("image_token_id", config.image_token_id, theirs.image_token_index),
         ]
     except Exception as error:  # its checks may raise any exception
-        return [f"{description / CONFIG}: transformers cannot read it: {type(error).__name__}: {error}"]
+        reader = f"transformers {transformers.__version__}"
+        return [f"{description / CONFIG}: {reader} cannot read it: {type(error).__name__}: {error}"]
     changed = ("text.vocab_size", "image_token_id") if grown else ()
     return [
         f"{description / CONFIG}: {name}: {found} as transformers reads it, {value} as it is read here"

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import umbrella_jax
 from convert.torch_model import TorchPatchEmbed
+from tests.conftest import write_tokenizer
 from tests.helpers import small_run
 from tests.helpers.checkpoints import MODALITIES, randomise
 from tests.helpers.golden_case import relative
@@ -26,6 +27,7 @@ from umbrella_jax.checkpoints.checkpoint import Checkpoint
 from umbrella_jax.checkpoints.stitch import stitch
 from umbrella_jax.config.schema import to_dict
 from umbrella_jax.data.tokenize import stop_ids
+from umbrella_jax.errors import ConfigError
 from umbrella_jax.models import merge, split
 
 EMBED, HEAD = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
@@ -221,6 +223,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "other language": (edit(QWEN, model_type="llama"), f"{QWEN}: model_type: 'llama' is not supported: expected 'qw"),
     "activation": (edit(QWEN, hidden_act="relu"), f"{QWEN}: hidden_act: 'relu' is not supported"),
     "quantised": (edit(QWEN, quantization_config={}), f"{QWEN}: quantization_config: quantised weights cannot"),
+    "words": (edit(QWEN, vocab_size=-5), f"{QWEN}: vocab_size: expected a positive int, got -5"),
     "code": (edit(QWEN, auto_map={"AutoModel": "modeling_qwen.Qwen"}), f"{QWEN}: auto_map: names code to be run"),
     "pickle": (
         lambda root: (root / "qwen/model.safetensors").rename(root / "qwen/pytorch_model.bin"),
@@ -269,6 +272,19 @@ def test_a_base_can_be_read_although_a_part_has_an_auto_map_without_code(parts: 
         edit(file, auto_map={})(root)
     write(root, tmp_path / "base")
     Checkpoint.open(tmp_path / "base", MODALITIES)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_refuses_a_seed_that_jax_would_cut_off(seed: int, parts: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"seed: expected 0 to 4,294,967,295, got {seed}"):
+        write(parts, tmp_path / "base", seed=seed)
+
+
+def test_a_tokenizer_may_have_the_token_of_images_already(parts: Path, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(parts, tmp_path / "parts"))
+    write_tokenizer(root / "qwen")
+    lines = write(root, tmp_path / "base")[2]
+    assert lines.endswith(f"<image>: in the tokenizer already, id {IMAGE}")
 
 
 def test_refuses_a_folder_that_is_not_empty(parts: Path) -> None:

@@ -58,3 +58,8 @@ def test_every_number_declares_its_range() -> None:
 def test_refuses_a_whole_number_too_large_for_a_float(key: str) -> None:
     with pytest.raises(ConfigError, match=f"{key.rpartition('.')[2]}: expected .*, got 1000"):
         load_config("tiny", {key: 10**400})
+
+
+def test_refuses_a_seed_that_jax_would_cut_off() -> None:
+    with pytest.raises(ConfigError, match=r"seed: expected 0 to 4,294,967,295, got 4294967296"):
+        load_config("tiny", {"seed": 2**32})

@@ -7,11 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
+from transformers import CONFIG_MAPPING, LlavaConfig
 
+from convert.config_json import read_config
 from convert.rules import hub_name
 from convert.safetensors_files import open_checkpoint
 from convert.torch_model import TorchPatchEmbed, load_umbrella
+from convert.verify import compare_reading
 from tests.helpers import torch_golden
 from tests.helpers.checkpoints import MODALITIES, write_stock, write_umbrella
 from umbrella_jax.config.schema import ModalityConfig, to_dict
@@ -116,6 +120,15 @@ def test_modality_without_weights_is_refused(tmp_path):
     message = str(error.value)
     assert "modality T1: no patch embedding" in message
     assert "modality rsfMRI: no patch embedding" in message
+
+
+def test_a_language_model_that_transformers_does_not_know_is_named(tmp_path, monkeypatch):
+    write_umbrella(tmp_path, "qwen3")
+    monkeypatch.setattr(LlavaConfig, "from_dict", lambda raw: CONFIG_MAPPING["qwen33"])  # as 4.46 does with Qwen3
+    with pytest.raises(CheckpointError, match=r"transformers \S+ does not know 'qwen33'; install a later version"):
+        load_umbrella(tmp_path)
+    (fault,) = compare_reading(tmp_path, read_config(tmp_path), grown=False)
+    assert f"transformers {transformers.__version__} cannot read it: KeyError: 'qwen33'" in fault
 
 
 def test_modality_by_shape():

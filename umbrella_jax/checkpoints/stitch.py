@@ -25,9 +25,10 @@ from convert.model_card import UNLIKE_LICENSES, describe_license
 from convert.rules import EMBED, LM_HEAD, REPLACED, map_tensors
 from convert.safetensors_files import open_checkpoint, write_checkpoint
 from umbrella_jax.checkpoints.export import read_license
+from umbrella_jax.config.ranges import Seed, range_of
 from umbrella_jax.data.placeholders import IMAGE_MARKER
 from umbrella_jax.data.tokenize import load_tokenizer, save_tokenizer
-from umbrella_jax.errors import CheckpointError, Faults
+from umbrella_jax.errors import CheckpointError, ConfigError, Faults
 from umbrella_jax.io.files import check_new_folder, new_folder, strict_json
 from umbrella_jax.models import LlavaConfig
 from umbrella_jax.models.paths import LANGUAGE_MODEL, PROJECTOR, VISION_MODEL, VISION_TOWER
@@ -96,11 +97,14 @@ def stitch(vision: str | Path, language: str | Path, out: str | Path, *, seed: i
         Messages about what was left out and added.
 
     Raises:
-        ConfigError: `out` is not empty.
+        ConfigError: `out` is not empty, or `seed` is no `Seed`.
         CheckpointError, DataError: with every fault of both models, before anything is written.
     """
     out = Path(out)
     check_new_folder(out)
+    seeds = range_of(Seed)
+    if seeds is not None and seed not in seeds:
+        raise ConfigError(f"seed: expected {seeds}, got {seed}")
     base = _plan(vision, language, seed)
     with new_folder(out) as part:
         checksums = write_checkpoint(part, base.tensors)
@@ -131,7 +135,7 @@ def _plan(vision: str | Path, language: str | Path, seed: int) -> _Base:
     assert opened is not None
     decoder, tokenizer, added = opened
     stated = decoder.config["vocab_size"]
-    rows = stated if isinstance(stated, int) else 0
+    rows = stated if type(stated) is int and stated > 0 else 0
     size = max(rows, max(tokenizer.get_vocab().values()) + 1)
     image = tokenizer.convert_tokens_to_ids(IMAGE_MARKER)
     tied = decoder.config.get("tie_word_embeddings", False)
@@ -323,9 +327,11 @@ def _part_lines(*parts: _Part) -> Iterator[str]:
 def _token_lines(added: Sequence[str], image: int, rows: int, size: int) -> Iterator[str]:
     if others := [token for token in added if token != IMAGE_MARKER]:
         yield f"{', '.join(others)}: added to the tokenizer"
-    source = "added to the tokenizer" if IMAGE_MARKER in added else "in the tokenizer already"
-    row = "an unused row of the embeddings" if image < rows else "a new row of the embeddings"
-    yield f"{IMAGE_MARKER}: {source}, id {image}: {row}"
+    if IMAGE_MARKER in added:
+        row = "an unused row of the embeddings" if image < rows else "a new row of the embeddings"
+        yield f"{IMAGE_MARKER}: added to the tokenizer, id {image}: {row}"
+    else:
+        yield f"{IMAGE_MARKER}: in the tokenizer already, id {image}"
     if size > rows:
         yield f"vocabulary: grown from {rows} to {size} rows, the new ones the mean of the others"
 

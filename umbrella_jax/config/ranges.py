@@ -48,6 +48,8 @@ def _text(bound: float) -> str:
 
 Count = Annotated[int, Range(ge=1)]
 CountOrZero = Annotated[int, Range(ge=0)]
+Seed = Annotated[int, Range(ge=0, le=2**32 - 1)]
+"""Seed of random numbers. JAX takes 32 bits: it would draw the same for a larger one as for its last bits."""
 Positive = Annotated[float, Range(gt=0)]
 NonNegative = Annotated[float, Range(ge=0)]
 Probability = Annotated[float, Range(ge=0, le=1)]

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from string import Formatter
 from typing import Annotated, Any, Literal
 
-from umbrella_jax.config.ranges import Count, CountOrZero, NonNegative, Positive, Probability, Range, Section
+from umbrella_jax.config.ranges import Count, CountOrZero, NonNegative, Positive, Probability, Range, Section, Seed
 
 ComputeDtype = Literal["float32", "bfloat16"]
 StoredDtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -763,7 +763,7 @@ class RunConfig(Section):
     mesh: MeshConfig = field(default_factory=MeshConfig)
     output_dir: str | None = None
     """Directory of the run, created if missing; one that holds a run is refused, except with `--resume`."""
-    seed: CountOrZero = 1234
+    seed: Seed = 1234
     """Seed of every random draw: the order of training, windows, augmentation, a randomly initialised patch
     embedding."""
 

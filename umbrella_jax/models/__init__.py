@@ -1,4 +1,4 @@
-"""The model in Flax NNX: SigLIP with a 3D/4D patch embedding, a projector and Qwen2. Nothing here reads files."""
+"""The model in Flax NNX: SigLIP with a 3D/4D patch embedding, a projector and Qwen. Nothing here reads files."""
 
 from umbrella_jax.models.attention import native_backend
 from umbrella_jax.models.layer_loop import unstack
