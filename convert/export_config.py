@@ -25,6 +25,7 @@ from convert.config_json import (
     small_files,
     stored_parts,
 )
+from convert.foreign import ADAPTER, ADAPTER_WEIGHTS
 from convert.rules import hub_name
 from convert.safetensors_files import weight_files
 from umbrella_jax.config.schema import (
@@ -42,6 +43,7 @@ LOCAL_PATH = re.compile(
     r"(?<![\w./<~-])(?:~?/(?:[\w.@+-]+/)+[\w.@+-]*|file:/+[\w./@+-]+|[A-Za-z]:\\[\w.@+ -]+\\[\w.@+ \\-]*)"
 )
 """An absolute path in a text, of at least two parts; URLs do not match."""
+_ADAPTER_FILES = (ADAPTER, ADAPTER_WEIGHTS)
 _IMAGE_PROCESSORS = ("preprocessor_config.json", PROCESSOR)
 """Files that describe a processor of images, which volumes do not fit."""
 _ORIGINS = ("_name_or_path", "name_or_path", "special_tokens_map_file", "tokenizer_file")
@@ -140,12 +142,20 @@ def export_files(directory: Path) -> tuple[list[Path], list[Path]]:
     return sorted(found & expected), sorted(found - expected)
 
 
+def adapter_files(directory: Path) -> tuple[list[Path], list[Path]]:
+    """Return the files that an exported PEFT adapter consists of, and all others, as `export_files`."""
+    found = {path for path in directory.rglob("*") if path.is_symlink() or not path.is_dir()}
+    own = {path for path in found if path.parent == directory and path.name in (*_ADAPTER_FILES, CARD)}
+    own |= {path for path in directory.glob("LICENSE*") if path in found}
+    return sorted(own), sorted(found - own)
+
+
 def is_replaced(name: str) -> bool:
     """Return whether a file of a repository is replaced by the next export: if that lacks it, it is outdated.
 
     These are all files of an export but licences, which people add themselves.
     """
-    is_weight = re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?", name)
+    is_weight = name in _ADAPTER_FILES or re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?", name)
     return bool(is_weight) or (is_carried(name) and not name.startswith("LICENSE"))
 
 
@@ -169,6 +179,7 @@ def write_config(
     dtype: str | None = None,
     base: str | None = None,
     base_fingerprint: str | None = None,
+    adapter: str | None = None,
     template: Template | None = None,
     untrained: Mapping[str, str] | None = None,
     checksums: Mapping[str, str] | None = None,
@@ -186,6 +197,7 @@ def write_config(
         dtype: type of the weights; None keeps the type in config.json.
         base: name of the model that training began from.
         base_fingerprint: SHA-256 of the weights that training began from.
+        adapter: name of the adapter that was put onto that model before training.
         template: conversation template of the training data.
         untrained: {modality or component: reason} for those whose weights are untrained.
         checksums: {tensor or file: checksum} of the weights (convert/checksum.py).
@@ -206,6 +218,7 @@ def write_config(
         "template": template,
         "base": base,
         "base_fingerprint": base_fingerprint,
+        "adapter": adapter,
         "untrained": random,
     }
     stated["parts"] = stored_parts(source)

@@ -13,6 +13,7 @@ WEIGHTS = frozenset(
 )
 ADAPTER = "adapter_config.json"
 """PEFT's description of an adapter."""
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 NOT_LORA = "non_lora_trainables.bin"
 """Parameters that LLaVA's code trains beside an adapter: the projector."""
 _MERGE = (

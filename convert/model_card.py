@@ -6,7 +6,7 @@ Every statement is about the code or from the records of the run; a missing fact
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Literal
 
 from convert.hub import parse_hub_name
 from umbrella_jax.config.schema import ModalityConfig, Template
@@ -54,9 +54,9 @@ class TrainingRecord:
 _CARD = """---
 {front}
 ---
-# {folder}: a vision-language model for brain MRI
+# {folder}: {title} for brain MRI
 
-A LLaVA, {tower} ({vision_layers}, {vision_width} wide), projector and {decoder} ({text_layers} layers,
+{subject} LLaVA, {tower} ({vision_layers}, {vision_width} wide), projector and {decoder} ({text_layers} layers,
 {text_width} wide, {vocab} words), whose 2D patch embedding is replaced by one for volumes. Written by umbrella-jax
 {version}.
 
@@ -68,21 +68,12 @@ data, about volumes as described under [Volumes](#volumes).
 identifying people. It answers every question, also one that it was never trained on; such an answer means nothing.
 
 ## How to load it
-In JAX, from this folder or by its name on the hub (`OWNER/NAME`, or `OWNER/NAME@COMMIT` for exactly these weights):
-
-```python
-import umbrella_jax
-
-model = umbrella_jax.load("{folder}")
-processor = umbrella_jax.Processor.load("{folder}")
-```
-
-{in_pytorch}
+{loading}
 
 ## Volumes
 {volumes}
 
-umbrella-jax reads these values from `umbrella_config.json`: the weights only work for volumes that were prepared like
+umbrella-jax reads these values from {record}: the weights only work for volumes that were prepared like
 this. Orientation names the directions of the axes, such as NIfTI's canonical `RAS`; `as_stored` keeps the axes of the
 file. Mode `resize` resizes the whole field of view to that many voxels, whatever their shape. Mode `pad` pads and crops
 around the middle; if it names mm, voxels are first resampled to cubes of that size. Volumes are not registered,
@@ -107,6 +98,17 @@ skull-stripped or corrected for motion.
 {base}
 """
 
+_IN_JAX = """In JAX, from this folder or by its name on the hub (`OWNER/NAME`, or `OWNER/NAME@COMMIT` for exactly these
+weights):
+
+```python
+import umbrella_jax
+
+model = umbrella_jax.load("{folder}")
+processor = umbrella_jax.Processor.load("{folder}")
+```
+
+"""
 _WITH_LOADER = """In PyTorch, with transformers 4.46 or later and `pip install 'umbrella-jax[torch]'`:
 
 ```python
@@ -136,6 +138,31 @@ Without `trust_remote_code=True`, transformers would leave out the volume patch 
 at random. The processor gives the model the same volumes and tokens as umbrella-jax; it refuses modalities that need
 more than NumPy and nibabel (`confounds`, `tr`): prepare these with `umbrella_jax.data.volume.load_volume`.
 """
+_ADAPTER = """It needs its base, `{base}`: the Hugging Face directory, or its name on the hub, with the SHA-256 under
+[Base](#base). Name it as `BASE`, and this folder or its name on the hub. In JAX:
+
+```python
+import umbrella_jax
+
+model = umbrella_jax.load(BASE, patch_embed="{folder}")  # merged
+processor = umbrella_jax.Processor.load(BASE, patch_embed="{folder}")
+```
+
+In PyTorch, with transformers 4.46 or later and `pip install 'umbrella-jax[torch]'`:
+
+```python
+from convert.torch_model import load_umbrella
+
+model = load_umbrella(BASE, adapter="{folder}")  # a peft.PeftModel
+```
+
+Both refuse another base. PEFT's own `PeftModel.from_pretrained` does not, and needs a base with the same patch
+embeddings.
+"""
+Form = Literal["whole", "code", "adapter"]
+"""Kind of an export: a whole model, with code for PyTorch or without, or a PEFT adapter."""
+_LOADING: dict[Form, str] = {"whole": _IN_JAX + _WITH_LOADER, "code": _IN_JAX + _WITH_CODE, "adapter": _ADAPTER}
+_LIBRARIES: dict[Form, str] = {"whole": "umbrella-jax", "code": "transformers", "adapter": "peft"}
 _CHATML = (
     "ChatML: `<|im_start|>user`, a newline, the turn, `<|im_end|>`, a newline; then `<|im_start|>assistant`, a newline"
 )
@@ -167,7 +194,8 @@ def model_card(
     *,
     titles: tuple[str, str],
     parts: Mapping[str, Mapping[str, str]] | None = None,
-    with_code: bool = False,
+    adapter: str | None = None,
+    form: Form = "whole",
 ) -> str:
     """Return the model card of an export, in Markdown.
 
@@ -182,7 +210,8 @@ def model_card(
         license: {`license`, `license_name`, `license_link`: value} of the base, as far as its model card states them.
         titles: names of the tower and the language model.
         parts: what the base was stitched of, as in `stored_parts`.
-        with_code: whether the export has the code for PyTorch.
+        adapter: name of the adapter that was put onto the base before training.
+        form: kind of the export.
     """
     columns = ("name", "voxels", "patch", "tokens", "orientation", "mode", "scaling", "background", "windows")
     rows = []
@@ -195,7 +224,8 @@ def model_card(
         rows.append((name, size, patch, m.num_patches, m.orientation, mode, m.scaling, m.background, windows))
     subjects = {name: "its patch embedding" if name in modalities else "it" for name in untrained}
     warnings = [f"\n**{name} was never trained: {part} has its initial values.**" for name, part in subjects.items()]
-    lines = [f"Trained on top of `{base}`." if base else "Not recorded."]
+    upon = f"`{base}` with the adapter `{adapter}`" if adapter else f"`{base}`"
+    lines = [f"Trained on top of {upon}." if base else "Not recorded."]
     if base_fingerprint:
         lines.append(f"SHA-256 of its weights (names, shapes, types, bytes): `{base_fingerprint}`.")
     for title, part in (parts or {}).items():
@@ -206,14 +236,18 @@ def model_card(
         lines.append(UNLIKE_LICENSES)
     else:
         lines.append("License: not recorded; add `license:` to the front matter of this card.")
+    is_adapter = form == "adapter"
+    record = "the metadata of `adapter_model.safetensors`" if is_adapter else "`umbrella_config.json`"
     text = "Not recorded."
     if template is not None:
-        text = f"Trained with the template `{template}`, also recorded in `umbrella_config.json`. {_TEXTS[template]}"
+        text = f"Trained with the template `{template}`, also recorded in {record}. {_TEXTS[template]}"
     metrics = [metric for metric in (records[-1].metrics or ()) if metric.subjects >= SMALL] if records else []
-    loading = _WITH_CODE if with_code else _WITH_LOADER
     return _CARD.format(
-        front=_front_matter(folder, base, license or {}, metrics, with_code=with_code),
-        in_pytorch=loading.format(folder=folder, modality=next(iter(modalities))).rstrip(),
+        front=_front_matter(folder, base, license or {}, metrics, _LIBRARIES[form]),
+        title="a LoRA adapter of a vision-language model" if is_adapter else "a vision-language model",
+        subject="LoRA adapter (PEFT) of a" if is_adapter else "A",
+        loading=_LOADING[form].format(folder=folder, modality=next(iter(modalities)), base=base).rstrip(),
+        record=record,
         text=text,
         tower=titles[0],
         decoder=titles[1],
@@ -246,7 +280,7 @@ def describe_license(license: Mapping[str, str]) -> str:
 
 
 def _front_matter(
-    folder: str, base: str | None, license: Mapping[str, str], metrics: Sequence[TaskMetric], *, with_code: bool
+    folder: str, base: str | None, license: Mapping[str, str], metrics: Sequence[TaskMetric], library: str
 ) -> str:
     """Return the YAML that the hub reads; metrics become its `model-index`.
 
@@ -270,7 +304,7 @@ def _front_matter(
     data = ModelCardData(
         **license,
         base_model=on_hub[0] if on_hub else None,
-        library_name="transformers" if with_code else "umbrella-jax",
+        library_name=library,
         tags=["llava", "mri", "neuroimaging", "umbrella-jax"],
         **({"model_name": folder, "eval_results": results} if results else {}),
     )

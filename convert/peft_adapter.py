@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from convert.foreign import ADAPTER, NOT_LORA, check_placeholders
+from convert.foreign import ADAPTER, ADAPTER_WEIGHTS, NOT_LORA, check_placeholders
 from convert.hub import parse_hub_name
 from convert.lazy_tensor import Tensor
 from convert.rules import EMBED, LM_HEAD, hub_name, unwrapped_names
@@ -33,7 +33,6 @@ from umbrella_jax.models.paths import (
     modality_of,
 )
 
-WEIGHTS = "adapter_model.safetensors"
 _BIN = "adapter_model.bin"
 """Name of the weights in PyTorch's format."""
 _PREFIX = "base_model.model."
@@ -158,7 +157,7 @@ def open_adapter(directory: Path) -> Trainable:
     saved = config["modules_to_save"] or ()
     unties = EMBED in tensors and LM_HEAD not in tensors and bool(saved) and not config["ensure_weight_tying"]
     if "base_fingerprint" in metadata:
-        trained = parse_header(directory / WEIGHTS, tensors, metadata)
+        trained = parse_header(directory / ADAPTER_WEIGHTS, tensors, metadata)
         return replace(trained, scales=scales)
     return Trainable(tensors, {}, None, scales=scales, unties=unties)
 
@@ -194,12 +193,14 @@ def _read_description(file: Path) -> dict[str, Any]:
 
 def _open_weights(directory: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
     """Return the tensors of an adapter and the metadata of its file."""
-    if (directory / WEIGHTS).exists():
-        tensors, metadata = open_safetensors(directory / WEIGHTS)
+    if (directory / ADAPTER_WEIGHTS).exists():
+        tensors, metadata = open_safetensors(directory / ADAPTER_WEIGHTS)
     elif (directory / _BIN).exists():
         tensors, metadata = open_bin(directory / _BIN), {}
     else:
-        raise CheckpointError(f"{directory}: neither {WEIGHTS} nor {_BIN}; copy the whole folder of the adapter")
+        raise CheckpointError(
+            f"{directory}: neither {ADAPTER_WEIGHTS} nor {_BIN}; copy the whole folder of the adapter"
+        )
     if (directory / NOT_LORA).exists():
         tensors = tensors | open_bin(directory / NOT_LORA)
     return tensors, metadata
@@ -318,7 +319,7 @@ def write_adapter(out: Path, trained: Trainable, base: str | None) -> None:
     tensors = {_PREFIX + name: tensor for name, tensor in trained.tensors.items()}
     tensors |= {f"{_PREFIX}model.{_name_in_5(name)}": tensor for name, tensor in whole.items()}
     (out / ADAPTER).write_text(strict_json(description, indent=2) + "\n")
-    write_safetensors(out / WEIGHTS, tensors, make_header(trained), record=True)
+    write_safetensors(out / ADAPTER_WEIGHTS, tensors, make_header(trained), record=True)
 
 
 def rewrite_adapter(adapter: Path, out: Path) -> None:

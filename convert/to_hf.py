@@ -30,6 +30,7 @@ def export(
     max_shard_size: int | str = "5GB",
     base: str | None = None,
     fingerprint: str | None = None,
+    adapter: str | None = None,
     template: Template | None = None,
     untrained: Mapping[str, str] | None = None,
     records: Sequence[TrainingRecord] = (),
@@ -46,6 +47,7 @@ def export(
         max_shard_size: size of one file in bytes, or such as `5GB`.
         base: name of the model that training began from.
         fingerprint: SHA-256 of that model's weights.
+        adapter: name of the adapter that was put onto that model before training.
         template: conversation template of the training data.
         untrained: {modality or component: reason} for those whose weights are untrained.
         records: facts about the runs that made the parameters, for the model card.
@@ -73,7 +75,7 @@ def export(
     modalities = {renamed[m]: modality for m, modality in config.modalities.items()}
     dtype = np.dtype(params[EMBED].dtype).name
     stated: dict[str, Any] = {"base": base, "base_fingerprint": fingerprint, "template": template}
-    stated["untrained"] = untrained
+    stated |= {"untrained": untrained, "adapter": adapter}
     with new_folder(out) as part:
         checksums = write_checkpoint(part, hub_tensors(params, config, renamed), max_shard_size)
         without_training = [renamed.get(name, name) for name in untrained or ()]
@@ -89,7 +91,8 @@ def export(
             license,
             titles=read_titles(source_dir),
             parts=stored_parts(source_dir),
-            with_code=with_code,
+            adapter=adapter,
+            form="code" if with_code else "whole",
         )
         (part / CARD).write_text(card, encoding="utf-8")
         stated |= {"dtype": dtype, "checksums": checksums, "with_code": with_code}

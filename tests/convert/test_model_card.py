@@ -53,13 +53,21 @@ def test_front_matter_is_what_the_hub_reads(card: Any) -> None:
     assert (data.license, data.license_name, data.base_model) == ("other", "qwen", "llava-hf/base")
     # the hub would offer to ask the model about images
     assert (data.library_name, data.get("pipeline_tag"), data.get("datasets")) == ("umbrella-jax", None, None)
-    with_code = ModelCard(card(with_code=True))
+    with_code = ModelCard(card(form="code"))
     assert (with_code.data.library_name, with_code.data.get("pipeline_tag")) == ("transformers", None)
     assert 'AutoProcessor.from_pretrained("sex-t1", trust_remote_code=True)' in with_code.text
     (result,) = data.eval_results
     assert (data.model_name, result.metric_type, result.metric_value) == ("sex-t1", "accuracy", 0.875)
     plain = ModelCard(card(base="a folder")).data
     assert (plain.get("eval_results"), plain.get("base_model"), plain.get("license")) == (None, None, None)
+
+
+def test_an_adapter_says_what_it_needs(card: Any) -> None:
+    text = card(base="my-lab/base", adapter="start", base_fingerprint="abc", form="adapter")
+    assert (ModelCard(text).data.library_name, ModelCard(text).data.base_model) == ("peft", "my-lab/base")
+    assert 'load_umbrella(BASE, adapter="sex-t1")' in text
+    assert "Trained on top of `my-lab/base` with the adapter `start`." in text
+    assert "umbrella_config.json" not in text
 
 
 def test_states_data_settings_and_metrics_of_the_run(card: Any) -> None:

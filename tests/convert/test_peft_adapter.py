@@ -274,6 +274,27 @@ def test_an_exported_adapter_describes_exactly_what_trained(world: World, run: P
     assert not pattern.fullmatch("model.vision_tower.encoder.layers.0.self_attn.q_proj")
 
 
+def test_an_exported_adapter_has_a_card_and_can_be_pushed(
+    exported: Path, adapter: tuple[Path, Any], tmp_path: Path
+) -> None:
+    card = (exported / "README.md").read_text()
+    assert "Trained on top of `base` with the adapter `start`." in card
+    assert "### Run" not in card.partition("## Training\n")[0]
+    words = ["my-lab/lora", "--dry-run", "--allow-untrained"]
+    printed = umbrella("push", exported, *words)
+    assert re.findall(r"^  (\S+\.\w+) ", printed, re.MULTILINE) == [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    copy = shutil.copytree(exported, tmp_path / "copy")
+    (copy / "predictions.jsonl").touch()
+    assert "predictions.jsonl: not part of an export" in umbrella("push", copy, *words, code=2)
+    other = shutil.copytree(adapter[0], tmp_path / "other")
+    (other / "README.md").write_text("---\ntags: [mri]\n---\n")
+    assert "not an adapter that `umbrella-jax convert to-hf" in umbrella("push", other, *words, code=2)
+
+
 def test_a_run_trains_an_adapter_on(run: Path, start: Path) -> None:
     before, after = open_adapter(start).tensors, small_run.trained(run)
     for name, tensor in before.items():

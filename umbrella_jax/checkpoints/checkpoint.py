@@ -144,6 +144,8 @@ class Checkpoint(ABC):
         fields["template"] = stored_template(directory, overlay)
         if is_native:
             return NativeCheckpoint(**fields)
+        if overlay is not None:
+            fields["overlay_name"] = overlay.resolve().name if Path(str(patch_embed)).exists() else str(patch_embed)
         return HfCheckpoint(**fields, init=init, patch_embed=overlay, merge_lora=merge_lora, seed=seed)
 
     @property
@@ -165,6 +167,11 @@ class Checkpoint(ABC):
     def base_name(self) -> str:
         """Name of the Hugging Face model that `fingerprint` identifies."""
         return _recorded(self.description, "base", "unknown")
+
+    @property
+    def adapter_name(self) -> str | None:
+        """Name of the adapter, or of the file with trained weights, that was put onto that model; None without one."""
+        return _recorded(self.description, "adapter", "") or None
 
     @property
     @abstractmethod
@@ -337,6 +344,8 @@ class HfCheckpoint(Checkpoint):
     """How to initialise a patch embedding that the files lack or have in another size."""
     patch_embed: Path | None = None
     """File of `convert to-hf --trainable-only`, or folder of a PEFT adapter, to apply to the directory."""
+    overlay_name: str | None = None
+    """Name of `patch_embed`, on the hub or of the file or folder, without the folders that contain it."""
     merge_lora: bool = True
     """Whether the adapter is merged into the weights; else the run trains it on."""
     seed: int = 0
@@ -349,6 +358,10 @@ class HfCheckpoint(Checkpoint):
     @property
     def base_name(self) -> str:
         return self.name
+
+    @property
+    def adapter_name(self) -> str | None:
+        return self.overlay_name
 
     @cached_property
     def fingerprint(self) -> str:

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from convert.checksum import folder_checksums
-from convert.config_json import stored_modalities
+from convert.config_json import read_titles, stored_modalities, stored_parts
 from convert.export_config import CARD, export_names, write_config
 from convert.lazy_tensor import Tensor, host_memory
-from convert.model_card import TrainingRecord
+from convert.model_card import TrainingRecord, model_card
 from convert.peft_adapter import is_saved_whole, open_trained, write_adapter
 from convert.rules import EMBED, map_tensors
 from convert.to_hf import export, hub_tensors
@@ -51,6 +51,7 @@ def write_description(
         checkpoint.config,
         base=checkpoint.base_name,
         base_fingerprint=checkpoint.identity,
+        adapter=checkpoint.adapter_name,
         dtype=dtype,
         template=checkpoint.template,
         untrained=untrained,
@@ -131,6 +132,7 @@ def write_hf(
         max_shard_size=max_shard_size,
         base=checkpoint.base_name if checkpoint.is_derived else None,
         fingerprint=checkpoint.fingerprint if checkpoint.is_derived else None,
+        adapter=checkpoint.adapter_name if checkpoint.is_derived else None,
         template=checkpoint.template,
         untrained={name: why for name, why in checkpoint.untrained.items() if name not in left_out},
         records=records,
@@ -196,9 +198,15 @@ def write_trained(
 
 
 def write_peft(
-    checkpoint: Checkpoint, out: Path, *, names: Sequence[str] | None = None, include_untrained: bool = False
+    checkpoint: Checkpoint,
+    out: Path,
+    *,
+    names: Sequence[str] | None = None,
+    include_untrained: bool = False,
+    records: Sequence[TrainingRecord] = (),
 ) -> bool:
-    """Write the adapters of a run as a PEFT adapter into the new folder `out`, with its trained patch embedding.
+    """Write the adapters of a run as a PEFT adapter into the new folder `out`, with its trained patch embedding and a
+    model card.
 
     For a run on top of another run, it has what all of them trained, as in `write_trained`. It goes onto the Hugging
     Face directory that the first of them started from, whose fingerprint it records.
@@ -206,6 +214,7 @@ def write_peft(
     Args:
         names: names of the modalities; by default those in that directory.
         include_untrained: as in `write_hf`, for modalities that the directory lacks.
+        records: facts about the runs, for the model card.
 
     Returns whether it has a patch embedding that the directory lacks, so that only `load_umbrella` can put it there.
 
@@ -236,6 +245,22 @@ def write_peft(
     check_new_folder(out)
     with new_folder(out) as part:
         write_adapter(part, trained, base.name)
+        card = model_card(
+            checkpoint.config,
+            trained.modalities,
+            out.name,
+            base.name,
+            trained.base_fingerprint,
+            trained.template,
+            tuple(trained.untrained),
+            records,
+            read_license(base.path / CARD),
+            titles=read_titles(checkpoint.description),
+            parts=stored_parts(checkpoint.description),
+            adapter=checkpoint.adapter_name,
+            form="adapter",
+        )
+        (part / CARD).write_text(card, encoding="utf-8")
     return bool(kept - of_base)
 
 

@@ -16,7 +16,18 @@ from typing import Any
 
 from convert.checksum import KEY
 from convert.config_json import UMBRELLA_CONFIG, changed_files, read_checkpoint_json
-from convert.export_config import CARD, LOCAL_PATH, code_faults, export_files, is_replaced, link_faults
+from convert.export_config import (
+    CARD,
+    LOCAL_PATH,
+    adapter_files,
+    code_faults,
+    export_files,
+    is_replaced,
+    link_faults,
+)
+from convert.foreign import ADAPTER
+from convert.lazy_tensor import check_finite
+from convert.peft_adapter import open_adapter
 from convert.safetensors_files import open_safetensors
 from convert.trainable import FILE as TRAINABLE
 from umbrella_jax.checkpoints.checkpoint import PARAMS, Checkpoint
@@ -93,7 +104,7 @@ def check_upload(
     is_private: bool = True,
     allow_untrained: bool = False,
 ) -> Upload:
-    """Check that an export may be uploaded: it is whole, unchanged, trained, and contains nothing about participants.
+    """Check that an export or an adapter may be uploaded: whole, unchanged, trained, and without participants' data.
 
     Args:
         repo: OWNER/NAME on the hub.
@@ -106,8 +117,10 @@ def check_upload(
     """
     directory = Path(directory)
     _check_names(repo, branch)
-    _check_is_export(directory)
-    files, others = export_files(directory)
+    is_adapter = (directory / ADAPTER).is_file()
+    if not is_adapter:
+        _check_is_export(directory)
+    files, others = adapter_files(directory) if is_adapter else export_files(directory)
     names = {path: path.relative_to(directory).parts for path in others}
     hidden = {path: parts[0] for path, parts in names.items() if any(part.startswith(".") for part in parts)}
     faults = Faults(f"{path}: {_describe(path)}" for path in others if path not in hidden)
@@ -120,18 +133,15 @@ def check_upload(
             faults += _private_text(path)
     card = faults.check(partial(_read_card, directory / CARD))
     faults.raise_as(CheckpointError)
-    checkpoint = Checkpoint.open(directory)
-    if not allow_untrained:
-        checkpoint.answering()
-    checkpoint.check()
-    checkpoint.check_finite()  # reads every number, and compares it with its checksum
+    check_model = _check_adapter if is_adapter else _check_weights
+    untrained = check_model(directory, allow_untrained=allow_untrained)
     return Upload(
         directory=directory,
         repo=repo,
         branch=branch or _MAIN,
         is_private=is_private,
         files={path.relative_to(directory).as_posix(): path.stat().st_size for path in files},
-        notes=(*_hidden_note(hidden.values()), *_notes(checkpoint, card or {}, is_private=is_private)),
+        notes=(*_hidden_note(hidden.values()), *_notes(untrained, card or {}, is_private=is_private)),
     )
 
 
@@ -251,6 +261,29 @@ def _check_is_export(directory: Path) -> None:
         )
 
 
+def _check_weights(directory: Path, *, allow_untrained: bool) -> Mapping[str, str]:
+    """Check the numbers of a whole model, and return {part: reason} for its untrained parts."""
+    checkpoint = Checkpoint.open(directory)
+    if not allow_untrained:
+        checkpoint.answering()
+    checkpoint.check()
+    checkpoint.check_finite()  # reads every number, and compares it with its checksum
+    return checkpoint.untrained
+
+
+def _check_adapter(directory: Path, *, allow_untrained: bool) -> Mapping[str, str]:
+    """Check the numbers of an adapter, and return {part: reason} for its untrained parts."""
+    adapter = open_adapter(directory)
+    if adapter.base_fingerprint is None:
+        raise CheckpointError(f"{directory}: not an adapter that `umbrella-jax convert to-hf --adapter` wrote")
+    untrained = adapter.untrained
+    if not allow_untrained and (any(map(is_component, untrained)) or untrained.keys() >= adapter.modalities.keys()):
+        reasons = ", ".join(f"{name} {why}" for name, why in untrained.items())
+        raise CheckpointError(f"{directory}: {reasons}; train it, or allow untrained weights (--allow-untrained)")
+    check_finite(adapter.tensors.values())
+    return untrained
+
+
 def _describe(path: Path) -> str:
     for patterns, contents in _CONTENTS:
         if any(fnmatchcase(path.name.lower(), pattern) for pattern in patterns):
@@ -315,9 +348,9 @@ def _hidden_note(names: Iterable[str]) -> list[str]:
     return [f"hidden, not uploaded: {listed}"] if listed else []
 
 
-def _notes(checkpoint: Checkpoint, card: Mapping[str, Any], *, is_private: bool) -> Iterator[str]:
+def _notes(untrained: Mapping[str, str], card: Mapping[str, Any], *, is_private: bool) -> Iterator[str]:
     """Yield remarks about a model for its owner."""
-    for name, why in checkpoint.untrained.items():
+    for name, why in untrained.items():
         yield f"{name}: {why}" if is_component(name) else f"{name}: its patch embedding is {why}"
     if not is_private:
         yield "public: everyone can download it; check that the agreements about your data allow that"

@@ -143,7 +143,7 @@ def _to_hf(arguments: argparse.Namespace) -> None:
     if arguments.adapter:
         if arguments.trainable_only:
             raise ConfigError("adapter: an adapter has only trained weights anyway; leave --trainable-only out")
-        needs_own = write_peft(checkpoint, out, **options)
+        needs_own = write_peft(checkpoint, out, records=read_training_records(checkpoint), **options)
         print(f"{out}: PEFT adapter for {checkpoint.origin.name}; in PyTorch:")
         if needs_own:
             print(f"  convert.torch_model.load_umbrella(HF_DIR, adapter={str(out)!r})")
@@ -180,6 +180,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _push(arguments: argparse.Namespace) -> None:
+    from convert.foreign import ADAPTER
     from umbrella_jax.checkpoints.push import check_upload, upload
 
     job = check_upload(
@@ -203,5 +204,8 @@ def _push(arguments: argparse.Namespace) -> None:
         print(remark)
     print(done.url if done.is_new_commit else f"{job.repo}: has these files already")
     name = f"{job.repo}@{done.commit}"
-    print(f"load it, in JAX or in PyTorch, with\n  umbrella_jax.load({name!r})")
-    print(f"  convert.torch_model.load_umbrella({name!r})")
+    ours, theirs = (
+        f"BASE, {word}={name!r}" if ADAPTER in job.files else repr(name) for word in ("patch_embed", "adapter")
+    )
+    print(f"load it, in JAX or in PyTorch, with\n  umbrella_jax.load({ours})")
+    print(f"  convert.torch_model.load_umbrella({theirs})")
