@@ -59,6 +59,7 @@ FLOORS: tuple[dict[str, set[str]], ...] = (
         "baselines": {"flax", "jax", "nibabel", "nilearn", "numpy", "optax", "scipy", "sklearn", "tqdm"},
         "report": {"matplotlib", "nibabel", "numpy"},
         "demo": {"nibabel", "numpy", "safetensors", "tokenizers", "transformers"},
+        "serve": {"isal", "jax", "nibabel", "numpy", "prometheus_client", "python_multipart", "starlette", "uvicorn"},
     },
     {"cli": {"jax", "shtab"}, "__init__": set()},
 )

@@ -17,7 +17,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from typing import Any, TextIO, cast
 
 from umbrella_jax import tpu
-from umbrella_jax.cli import ask, convert, data, results, setup, train
+from umbrella_jax.cli import ask, convert, data, results, serve, setup, train
 from umbrella_jax.cli.options import Parser, commands_of, make_command
 from umbrella_jax.console import wrapped
 from umbrella_jax.errors import Interrupted, UmbrellaError, known_cause, visible
@@ -44,7 +44,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = commands_of(parser)
     setup.add(commands, parser, main)
-    for module in (data, train, ask, results, convert):
+    for module in (data, train, ask, serve, results, convert):
         module.add(commands)
     return parser
 

@@ -16,6 +16,7 @@ from umbrella_jax.cli.options import (
     add_model,
     add_out,
     given_keys,
+    open_checkpoint,
     say_once,
     settings_of,
     start_processes,
@@ -230,21 +231,6 @@ def _data(arguments: argparse.Namespace, config: RunConfig | None) -> DataConfig
     return replace(config.data if config else DataConfig(), **given)
 
 
-def _open_checkpoint(arguments: argparse.Namespace, config: RunConfig | None) -> Any:
-    """Open the checkpoint of MODEL. If it is not the newest of its run, print which one it is.
-
-    Args:
-        config: of --config, whose modalities a stock LLaVA needs.
-    """
-    from umbrella_jax.checkpoints.checkpoint import Checkpoint
-
-    options: dict[str, Any] = {"compute_dtype": arguments.compute_dtype, "step": arguments.step}
-    checkpoint = Checkpoint.open(arguments.model, config.model.modalities if config else None, **options)
-    if checkpoint.step_message:
-        print(visible(checkpoint.step_message), file=sys.stderr)
-    return checkpoint if arguments.allow_untrained else checkpoint.answering()
-
-
 def _generate(arguments: argparse.Namespace) -> None:
     from umbrella_jax.checkpoints.load import load_opened
     from umbrella_jax.inference.constrained import JsonConstraint
@@ -270,7 +256,7 @@ def _generate(arguments: argparse.Namespace) -> None:
         raise ConfigError(faults)
     if arguments.answers and sampling.temperature:
         raise ConfigError("--temperature: is of no use with --answers, from which nothing is drawn; leave it out")
-    checkpoint = _open_checkpoint(arguments, config)
+    checkpoint = open_checkpoint(arguments, config)
     processor = Processor.from_checkpoint(checkpoint, max_length=_data(arguments, config).max_length)
     constraint = None
     if arguments.schema:
@@ -405,7 +391,7 @@ def _explain(arguments: argparse.Namespace) -> None:
     out = Path(arguments.out)
     check_new_folder(out)
     config = settings_of(arguments)
-    checkpoint = _open_checkpoint(arguments, config)
+    checkpoint = open_checkpoint(arguments, config)
     data = _data(arguments, config)
     processor = Processor.from_checkpoint(checkpoint, max_length=data.max_length)
     if arguments.data is None:

@@ -2,6 +2,7 @@
 
 import argparse
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,7 +13,7 @@ from umbrella_jax.cli.unknown_flags import advice, unknown_flags
 from umbrella_jax.config.load import parse_mesh, print_to_stderr, read_config
 from umbrella_jax.config.origins import Origins
 from umbrella_jax.config.schema import RunConfig
-from umbrella_jax.errors import ConfigError, Faults, UmbrellaError
+from umbrella_jax.errors import ConfigError, Faults, UmbrellaError, visible
 from umbrella_jax.io.reading import parse_yaml
 
 # Flags that set a key of the config: {flag: (group in the help, key, type, metavar, help)}.
@@ -298,6 +299,21 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--allow-untrained", action="store_true", help="answer even from untrained weights")
     add_step(parser)
+
+
+def open_checkpoint(arguments: argparse.Namespace, config: RunConfig | None) -> Any:
+    """Open the checkpoint of MODEL. If it is not the newest of its run, print which one it is.
+
+    Args:
+        config: of --config, whose modalities a stock LLaVA needs.
+    """
+    from umbrella_jax.checkpoints.checkpoint import Checkpoint
+
+    options: dict[str, Any] = {"compute_dtype": arguments.compute_dtype, "step": arguments.step}
+    checkpoint = Checkpoint.open(arguments.model, config.model.modalities if config else None, **options)
+    if checkpoint.step_message:
+        print(visible(checkpoint.step_message), file=sys.stderr)
+    return checkpoint if arguments.allow_untrained else checkpoint.answering()
 
 
 def add_step(parser: Any, what: str = "checkpoint of a run") -> None:

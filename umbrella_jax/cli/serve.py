@@ -1,0 +1,100 @@
+"""The command `serve`."""
+
+import argparse
+from functools import partial
+from typing import Any
+
+from umbrella_jax.cli.options import add_command, add_flags, add_model, open_checkpoint, settings_of
+from umbrella_jax.errors import ConfigError
+
+_PORT = 8765
+
+
+def add(commands: Any) -> None:
+    """Add the command."""
+    serve = add_command(
+        commands,
+        "serve",
+        _serve,
+        "Open a local page to ask a model and look at scans.",
+        "umbrella-jax serve runs/sex --data test.json",
+    )
+    add_model(serve)
+    serve.add_argument("--data", metavar="PATH", help="conversations whose scans the page lists")
+    add_flags(serve, ["--image-root"])
+    group = serve.add_argument_group("server")
+    text = "address to listen on; default 127.0.0.1, which only this machine reaches"
+    group.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help=text)
+    group.add_argument(
+        "--port", type=_port, default=_PORT, metavar="N", help=f"port; default {_PORT}, 0 takes a free one"
+    )
+    text = "what requests must bring; default a random one, and none on 127.0.0.1"
+    group.add_argument("--token", metavar="TEXT", help=text)
+    group.add_argument(
+        "--max-upload", type=_megabytes, default=512, metavar="MB", help="largest upload in MB; default 512"
+    )
+    text = "log requests with names and questions, which are participants' data"
+    group.add_argument("--log-requests", action="store_true", help=text)
+    group.add_argument("--open", action="store_true", help="open the page in the browser")
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"expected 0 to 65535, got {text}")
+    return int(text)
+
+
+def _megabytes(text: str) -> int:
+    if not text.isdecimal() or not 0 < int(text) <= 1 << 16:
+        raise argparse.ArgumentTypeError(f"expected 1 to {1 << 16}, got {text}")
+    return int(text)
+
+
+def _serve(arguments: argparse.Namespace) -> int | None:
+    from umbrella_jax.serve.listen import ended_by_signals
+
+    with ended_by_signals():
+        return _run(arguments)
+
+
+def _run(arguments: argparse.Namespace) -> int | None:
+    import secrets
+
+    from umbrella_jax.config.schema import DataConfig
+    from umbrella_jax.data.conversation import read_with_config
+    from umbrella_jax.serve.app import make_app
+    from umbrella_jax.serve.guard import Access, check_token, is_loopback
+    from umbrella_jax.serve.listen import Server, bind
+    from umbrella_jax.serve.scans import UploadLimits, open_scans
+
+    token = arguments.token or (None if is_loopback(arguments.host) else secrets.token_urlsafe(24))
+    if token and (fault := check_token(token)):
+        raise ConfigError(f"token: {fault}")
+    socket = bind(arguments.host, arguments.port)
+    checkpoint = open_checkpoint(arguments, settings_of(arguments))
+    modalities = checkpoint.config.modalities
+    data = None
+    if arguments.data:
+        given = DataConfig(image_root=getattr(arguments, "data.image_root"))
+        data = read_with_config(arguments.data, modalities, given)
+    size = arguments.max_upload << 20
+    limits = UploadLimits(file_bytes=size, total_bytes=max(UploadLimits.total_bytes, 4 * size))
+    host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
+    url = f"http://{host}:{socket.getsockname()[1]}/" + (f"?token={token}" if token else "")
+    with open_scans(modalities, limits, data) as scans:
+        access = Access(arguments.host, token)
+        app = make_app(scans, access, log_requests=arguments.log_requests)
+        Server(app, partial(_announce, url, open_page=arguments.open)).run([socket])
+    return None
+
+
+def _announce(url: str, *, open_page: bool) -> None:
+    """Print the address, and open it in a browser with a window; a text browser would take over the terminal."""
+    import os
+    import sys
+    import threading
+    import webbrowser
+
+    print(f"{url}\n  stop with Ctrl+C; not a medical device")
+    if open_page and (sys.platform == "darwin" or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+        threading.Thread(target=webbrowser.open, args=[url], daemon=True).start()

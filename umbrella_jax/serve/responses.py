@@ -1,0 +1,52 @@
+"""Answers in JSON, and errors in OpenAI's form."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from starlette.responses import Response
+
+from umbrella_jax.errors import visible
+from umbrella_jax.io.files import strict_json
+
+_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+"""{status: the error's `type`}; of other statuses, `invalid_request_error` below 500 and `server_error` from there."""
+
+
+def json_response(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """Return `value` as JSON; NaN and infinity become null."""
+    return Response(strict_json(value), status, headers, "application/json")
+
+
+class ApiError(Exception):
+    """A request that cannot be answered. Raised anywhere in a handler, it becomes the answer."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ):
+        """Initialise an error.
+
+        Args:
+            status: of HTTP, from 400.
+            message: what is wrong and what to do; names no path of the server.
+            code: a word by which programs tell errors apart.
+            param: the field of the request that is wrong.
+            headers: further ones, such as `Retry-After`.
+        """
+        self.status, self.message, self.code, self.param, self.headers = status, message, code, param, headers
+        super().__init__(message)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the error in OpenAI's form."""
+        kind = _TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
+        error = {"message": visible(self.message), "type": kind, "param": self.param, "code": self.code}
+        return {"error": error}
+
+    def response(self) -> Response:
+        """Return the answer."""
+        return json_response(self.to_json(), self.status, self.headers)
