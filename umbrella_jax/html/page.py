@@ -8,6 +8,8 @@ hash, and only in pages that ask for it; everything is legible without it. The p
     charts.py    the values of `count_table` and `histogram`, which compare sets
     viewer.py    the values of `slice_viewer`: a volume to scroll through
     page.js      sorts and filters tables, and scrolls through volumes
+    style.css    sizes, spaces and colours of every page, light and dark, also of `serve`
+    viewer.js    `openPanel`: a scan with its overlay in NiiVue (vendor/), with controls
 """
 
 import base64

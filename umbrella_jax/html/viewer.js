@@ -1,0 +1,359 @@
+// Scans to look at: a panel around NiiVue's canvas, for the page of `serve` and for pages that contain their scans.
+//
+//   const panel = await openPanel(element, { title: "T1 of sub-01", volume: { url: "/api/scans/ID/file" } });
+//   await panel.setOverlay({ url: "/api/maps/ID", unit: "nats per voxel" });   // null removes it
+//   await panel.setVolume({ url: "…" });
+//   panel.close();
+//
+// A volume or an overlay is a NIfTI, gzipped or not, from { url } (fetched from the page's own server), { base64 } or
+// { bytes } (an ArrayBuffer). An overlay may also give `unit`, `limit` (the value with full colour) and `threshold`.
+// Use by mouse, touch, keyboard and screen reader; no inline style or script; nothing is logged.
+"use strict";
+
+const POSITIVE = { R: [220, 220], G: [30, 30], B: [20, 20], A: [0, 200], I: [0, 255] };
+const NEGATIVE = { R: [30, 30], G: [90, 90], B: [255, 255], A: [0, 200], I: [0, 255] };
+const COLOURS_FROM_ZERO = 1; // NiiVue's colour map type: from 0, and transparent below the threshold
+const PLANES = [
+  { name: "sagittal", from: "R", to: "L" },
+  { name: "coronal", from: "P", to: "A" },
+  { name: "axial", from: "I", to: "S" },
+];
+const VIEWS = { "three planes": "sliceTypeMultiplanar", axial: "sliceTypeAxial", coronal: "sliceTypeCoronal", sagittal: "sliceTypeSagittal" };
+const KEYS = "Arrow keys: sagittal and axial slice. Page up and down: coronal slice. [ and ]: frame. R: reset.";
+let panels = 0;
+
+function make(tag, properties = {}, ...children) {
+  const made = document.createElement(tag);
+  for (const [name, value] of Object.entries(properties)) {
+    if (name in made) made[name] = value;
+    else made.setAttribute(name, value);
+  }
+  made.append(...children);
+  return made;
+}
+
+// Whether this browser has the WebGL 2 that NiiVue draws with.
+function canDrawScans() {
+  const gl = document.createElement("canvas").getContext("webgl2");
+  gl?.getExtension("WEBGL_lose_context")?.loseContext();
+  return Boolean(gl);
+}
+
+function shortNumber(value) {
+  if (!Number.isFinite(value)) return "–";
+  if (value !== 0 && (Math.abs(value) < 1e-3 || Math.abs(value) >= 1e6)) return value.toExponential(2);
+  return String(Number(value.toPrecision(4)));
+}
+
+async function readBytes(source) {
+  if (source.bytes) return source.bytes;
+  if (source.base64) return Uint8Array.from(atob(source.base64), (letter) => letter.charCodeAt(0)).buffer;
+  const answer = await fetch(source.url, { credentials: "same-origin" });
+  if (!answer.ok) throw new Error(`the scan could not be loaded: ${answer.status} ${answer.statusText}`);
+  return answer.arrayBuffer();
+}
+
+async function readVolume(source) {
+  const bytes = await readBytes(source);
+  return niivue.NVImage.new(bytes, source.name ?? "scan.nii", "gray", 1, null, NaN, NaN, true, 0.005);
+}
+
+// The value that gets full colour if the overlay names none: the 99th percentile of the sizes that are not 0.
+function usualLimit(values) {
+  const step = Math.max(1, Math.floor(values.length / 200000));
+  const sizes = [];
+  for (let i = 0; i < values.length; i += step) if (values[i]) sizes.push(Math.abs(values[i]));
+  sizes.sort((a, b) => a - b);
+  return sizes[Math.floor(0.99 * sizes.length)] || 1;
+}
+
+// A slider with its name and value; `say(value)` is the text of a value.
+function makeSlider(name, { min, max, step, value, say, change }) {
+  const text = make("output");
+  const input = make("input", { type: "range", min: String(min), max: String(max), step: String(step) });
+  const show = () => {
+    text.textContent = say(Number(input.value));
+    input.setAttribute("aria-valuetext", text.textContent);
+  };
+  input.setAttribute("aria-label", name);
+  input.value = String(value);
+  input.addEventListener("input", () => {
+    change(Number(input.value));
+    show();
+  });
+  show();
+  const element = make("div", { className: "slider" }, make("span", {}, name), text, input);
+  return { element, get value() { return Number(input.value); }, set(next) { input.value = String(next); show(); } };
+}
+
+class Panel {
+  #host;
+  #title;
+  #canvas;
+  #stage;
+  #controls;
+  #bar;
+  #readout;
+  #status;
+  #sliders = {};
+  #view = "three planes";
+  #overlay = null;
+
+  constructor(host, title) {
+    const help = `panel-${++panels}-keys`;
+    this.#host = host;
+    this.#title = title;
+    this.#canvas = make("canvas", { tabIndex: 0, role: "application", "aria-label": `scan: ${title}`, "aria-describedby": help });
+    this.#stage = make("div", { className: "panel-stage" }, this.#canvas);
+    this.#bar = make("div", { className: "panel-bar", hidden: true });
+    this.#controls = make("div", { className: "panel-controls" });
+    this.#readout = make("p", { className: "panel-readout" });
+    this.#status = make("p", { className: "panel-status", role: "status" }, "Loading the scan…");
+    const keys = make("p", { className: "panel-keys", id: help }, KEYS);
+    const group = make("div", { className: "panel", role: "group", "aria-label": title },
+      this.#stage, this.#bar, this.#readout, this.#controls, keys, this.#status);
+    host.replaceChildren(group);
+    this.nv = new niivue.Niivue({
+      logLevel: "error", dragAndDropEnabled: false, isRadiologicalConvention: true, sagittalNoseLeft: true,
+      multiplanarShowRender: 0, multiplanarPadPixels: 4, multiplanarLayout: 0, crosshairColor: [0.4, 0.78, 1, 0.85],
+      crosshairWidth: 0.3, crosshairWidthUnit: "percent", crosshairGap: 4, showAllOrientationMarkers: true, fontColor: [1, 1, 1, 1], scrollRequiresFocus: true, viewModeHotKey: "", clipPlaneHotKey: "",
+      cycleClipPlaneHotKey: "", isColorbar: false,
+    });
+    this.#stage.addEventListener("keydown", (event) => this.#press(event), true);
+    this.#stage.addEventListener("wheel", (event) => {
+      if (document.activeElement !== this.#canvas) event.stopPropagation(); // the page scrolls, not the slices
+    }, { capture: true, passive: true });
+    this.#canvas.addEventListener("webglcontextlost", () => { this.#status.textContent = "The browser stopped drawing this scan."; });
+  }
+
+  async start(volume, overlay) {
+    await this.nv.attachToCanvas(this.#canvas);
+    this.nv.addColormap("umbrella-positive", POSITIVE);
+    this.nv.addColormap("umbrella-negative", NEGATIVE);
+    this.nv.onLocationChange = () => this.#tell();
+    this.nv.onIntensityChange = () => this.#tell();
+    await this.setVolume(volume);
+    if (overlay) await this.setOverlay(overlay);
+  }
+
+  // Show another volume; the overlay is removed.
+  async setVolume(source) {
+    const volume = await this.#load(source);
+    [...this.nv.volumes].reverse().forEach((old) => this.nv.removeVolume(old));
+    this.#overlay = null;
+    const { qform_code: qform, sform_code: sform } = volume.hdr;
+    this.isOriented = qform > 0 || sform > 0;
+    this.nv.opts.isOrientationTextVisible = this.isOriented;
+    this.nv.addVolume(volume);
+    this.window = [volume.cal_min, volume.cal_max];
+    this.#build();
+    this.reset();
+  }
+
+  // Lay a map over the volume, with a colour bar and a threshold; null removes it.
+  async setOverlay(source) {
+    const map = source && (await this.#load(source));
+    if (this.#overlay) this.nv.removeVolume(this.#overlay.map);
+    this.#overlay = null;
+    if (map) {
+      const limit = source.limit ?? usualLimit(map.img);
+      map.colormap = "umbrella-positive";
+      map.colormapNegative = "umbrella-negative";
+      map.colormapType = COLOURS_FROM_ZERO;
+      const threshold = source.threshold ?? limit / 10;
+      this.#overlay = { map, limit, threshold, unit: source.unit ?? "", isSigned: map.img.some((value) => value < 0) };
+      this.nv.addVolume(map);
+    }
+    this.#build();
+    this.reset();
+  }
+
+  // Show a frame of a 4D volume, counted from 0.
+  setFrame(frame) {
+    const volume = this.nv.volumes[0];
+    const last = (volume.nFrame4D ?? 1) - 1;
+    this.nv.setFrame4D(volume.id, Math.min(Math.max(frame, 0), last));
+    this.#tell();
+  }
+
+  // Return to the centre, the usual window, the first frame, the usual threshold and three planes.
+  reset() {
+    const { nv } = this;
+    const volume = nv.volumes[0];
+    [volume.cal_min, volume.cal_max] = this.window;
+    nv.setFrame4D(volume.id, 0);
+    nv.scene.pan2Dxyzmm = [0, 0, 0, 1];
+    nv.scene.crosshairPos = [0.5, 0.5, 0.5];
+    this.#view = "three planes";
+    if (this.#overlay) {
+      const { limit, threshold } = this.#overlay;
+      this.#setRange(threshold, limit);
+      this.#sliders.threshold?.set((100 * threshold) / limit);
+      this.#sliders.opacity?.set(1);
+      nv.setOpacity(1, 1);
+    }
+    this.#host.querySelector("select").value = this.#view;
+    nv.setSliceType(nv[VIEWS[this.#view]]);
+    nv.updateGLVolume();
+    this.#sliders.black?.set(this.window[0]);
+    this.#sliders.white?.set(this.window[1]);
+    this.#tell();
+  }
+
+  // Remove the panel and give its memory on the graphics card back.
+  close() {
+    this.nv.cleanup();
+    this.#canvas.getContext("webgl2")?.getExtension("WEBGL_lose_context")?.loseContext();
+    this.#host.replaceChildren();
+  }
+
+  async #load(source) {
+    this.#status.textContent = "Loading the scan…";
+    try {
+      const volume = await readVolume(source);
+      this.#status.textContent = "";
+      return volume;
+    } catch (error) {
+      this.#status.textContent = `Not shown: ${error.message}`;
+      throw error;
+    }
+  }
+
+  #setRange(threshold, limit) {
+    const { map } = this.#overlay;
+    Object.assign(map, { cal_min: Math.min(threshold, 0.999 * limit), cal_max: limit });
+    this.nv.updateGLVolume();
+    const share = Math.min(1, threshold / limit);
+    this.#bar.querySelectorAll(".panel-hidden").forEach((part) => { part.style.width = `${100 * share}%`; });
+  }
+
+  // Make the controls that this volume and this overlay need.
+  #build() {
+    const { nv } = this;
+    const volume = nv.volumes[0];
+    const { global_min: low, global_max: high } = volume;
+    const sliders = {};
+    PLANES.forEach(({ name, from, to }, axis) => {
+      const length = volume.dimsRAS[axis + 1];
+      const title = this.isOriented ? `${name}, ${from} to ${to}` : `slice along ${"ijk"[axis]}`;
+      sliders[name] = makeSlider(title, {
+        min: 0, max: length - 1, step: 1, value: 0,
+        say: (value) => `${value + 1} of ${length}`,
+        change: (value) => this.#moveTo(axis, value),
+      });
+    });
+    if (volume.nFrame4D > 1) {
+      const repetition = volume.hdr.pixDims[4];
+      sliders.frame = makeSlider("frame", {
+        min: 0, max: volume.nFrame4D - 1, step: 1, value: 0,
+        say: (value) => `${value + 1} of ${volume.nFrame4D}${repetition > 0 ? `, ${shortNumber(value * repetition)} s` : ""}`,
+        change: (value) => this.setFrame(value),
+      });
+    }
+    const step = (high - low) / 500 || 1;
+    const changeWindow = () => {
+      volume.cal_min = Math.min(sliders.black.value, sliders.white.value - step);
+      volume.cal_max = sliders.white.value;
+      nv.updateGLVolume();
+    };
+    for (const [key, at] of [["black", 0], ["white", 1]]) {
+      sliders[key] = makeSlider(`${key} at`, { min: low, max: high, step, value: this.window[at], say: shortNumber, change: changeWindow });
+    }
+    if (this.#overlay) {
+      const { limit, threshold } = this.#overlay;
+      sliders.threshold = makeSlider("map from", {
+        min: 0, max: 100, step: 1, value: (100 * threshold) / limit, say: (percent) => shortNumber((percent * limit) / 100),
+        change: (percent) => this.#setRange((percent * limit) / 100, limit),
+      });
+      sliders.opacity = makeSlider("map opacity", {
+        min: 0, max: 1, step: 0.05, value: 1, say: (value) => `${Math.round(100 * value)} %`,
+        change: (value) => nv.setOpacity(1, value),
+      });
+    }
+    const view = make("select", {}, ...Object.keys(VIEWS).map((name) => make("option", { value: name }, name)));
+    view.addEventListener("change", () => {
+      this.#view = view.value;
+      nv.setSliceType(nv[VIEWS[view.value]]);
+    });
+    const reset = make("button", { type: "button" }, "Reset");
+    reset.addEventListener("click", () => this.reset());
+    const whole = make("button", { type: "button" }, "Full screen");
+    whole.addEventListener("click", () => {
+      if (document.fullscreenElement) document.exitFullscreen();
+      else this.#host.firstElementChild.requestFullscreen();
+    });
+    const buttons = make("div", { className: "panel-buttons" }, make("label", {}, "view ", view), reset, whole);
+    this.#sliders = sliders;
+    this.#controls.replaceChildren(...Object.values(sliders).map(({ element }) => element), buttons);
+    this.#buildBar();
+  }
+
+  #buildBar() {
+    this.#bar.hidden = !this.#overlay;
+    if (!this.#overlay) return;
+    const { limit, unit, isSigned } = this.#overlay;
+    const half = (sign) => make("span", { className: `panel-half ${sign}` }, make("span", { className: "panel-hidden" }));
+    const texts = [...(isSigned ? [`−${shortNumber(limit)}`] : []), `0 ${unit}`.trim(), `${isSigned ? "+" : ""}${shortNumber(limit)}`];
+    this.#bar.replaceChildren(
+      make("div", { className: "panel-colours", "aria-hidden": "true" }, ...(isSigned ? [half("negative")] : []), half("positive")),
+      make("div", { className: "panel-ends" }, ...texts.map((text) => make("span", {}, text))));
+  }
+
+  // Sagittal slices count from the patient's right, as they appear from left to right.
+  #index(axis, value) {
+    return axis === 0 ? this.nv.volumes[0].dimsRAS[1] - 1 - value : value;
+  }
+
+  #moveTo(axis, value) {
+    const position = [...this.nv.scene.crosshairPos];
+    position[axis] = (this.#index(axis, value) + 0.5) / this.nv.volumes[0].dimsRAS[axis + 1];
+    this.nv.scene.crosshairPos = position;
+    this.nv.drawScene();
+    this.#tell();
+  }
+
+  #slice(axis) {
+    const length = this.nv.volumes[0].dimsRAS[axis + 1];
+    const index = Math.floor(this.nv.scene.crosshairPos[axis] * length);
+    return this.#index(axis, Math.min(Math.max(index, 0), length - 1));
+  }
+
+  #press(event) {
+    if (event.key === "Tab" || event.key === "Escape" || event.ctrlKey || event.metaKey || event.altKey) return;
+    event.stopPropagation(); // NiiVue has keys of its own, which no help names
+    const moves = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowDown: [2, -1], ArrowUp: [2, 1], PageDown: [1, -1], PageUp: [1, 1] };
+    const frames = { "[": -1, "]": 1 };
+    if (event.key in moves) {
+      const [axis, step] = moves[event.key];
+      const last = this.nv.volumes[0].dimsRAS[axis + 1] - 1;
+      this.#moveTo(axis, Math.min(Math.max(this.#slice(axis) + step, 0), last));
+    } else if (event.key in frames) this.setFrame(this.nv.volumes[0].frame4D + frames[event.key]);
+    else if (event.key.toLowerCase() === "r") this.reset();
+    else return;
+    event.preventDefault();
+  }
+
+  // Write the position and the values there, and move the sliders to it.
+  #tell() {
+    const { nv } = this;
+    if (!nv.volumes.length) return;
+    PLANES.forEach(({ name }, axis) => this.#sliders[name].set(this.#slice(axis)));
+    const [volume] = nv.volumes;
+    this.#sliders.frame?.set(volume.frame4D);
+    this.#sliders.black?.set(volume.cal_min);
+    this.#sliders.white?.set(volume.cal_max);
+    const mm = [...nv.frac2mm(nv.scene.crosshairPos, 0, true)].slice(0, 3);
+    const values = nv.volumes.map((one) => one.getValue(...one.mm2vox(mm), one.frame4D));
+    const place = this.isOriented ? `x ${mm.map((at) => at.toFixed(1)).join(", ")} mm`.replace("x ", "x, y, z: ") : "orientation unknown: the file does not say which side is which";
+    const shown = values.map((value, i) => `${i ? "map" : "value"} ${shortNumber(value)}${i ? ` ${this.#overlay.unit}` : ""}`);
+    this.#readout.textContent = [place, ...shown].join(" · ").trim();
+  }
+}
+
+// Put a panel into `host` and load its volume. Rejects if the browser cannot draw or a scan cannot be read.
+async function openPanel(host, { title, volume, overlay = null }) {
+  if (!canDrawScans()) throw new Error("this browser has no WebGL 2, which draws the scans");
+  const panel = new Panel(host, title);
+  await panel.start(volume, overlay);
+  return panel;
+}
