@@ -4,7 +4,8 @@ Everything here is on the grid of the preprocessed volumes; `umbrella_jax.infere
 """
 
 import itertools
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Literal
@@ -45,18 +46,33 @@ def gradient(volumes: Volumes, background: Volumes, params: Params, batch: Batch
     return jax.tree.map(lambda x, x0, g: (x - x0) * g, volumes, background, slope)
 
 
+def no_report(result: object) -> None:
+    """Report no pass of an attribution."""
+
+
 def integrated(
-    volumes: Volumes, background: Volumes, params: Params, batch: Batch, *, graphdef: nnx.GraphDef, steps: int
+    volumes: Volumes,
+    background: Volumes,
+    params: Params,
+    batch: Batch,
+    *,
+    graphdef: nnx.GraphDef,
+    steps: int,
+    report: Callable[[object], None] = no_report,
 ) -> Volumes:
     """Compute integrated gradients (Sundararajan et al. 2017) from the background, by the midpoint rule.
 
     Their sum is what the volumes add to the log-probability, up to the error of the rule with `steps` steps.
+
+    Args:
+        report: called after each of the `steps` with its result, which may not be computed yet.
     """
     total = jax.tree.map(jnp.zeros_like, volumes)
     for step in range(steps):
         share = (step + 0.5) / steps
         between = jax.tree.map(lambda x, x0, share=share: x0 + share * (x - x0), volumes, background)
         total = jax.tree.map(jnp.add, total, value_and_slope(between, params, batch, graphdef=graphdef)[1])
+        report(total)
     return jax.tree.map(lambda x, x0, g: (x - x0) * g / steps, volumes, background, total)
 
 
@@ -68,13 +84,18 @@ def occlusion(
     *,
     graphdef: nnx.GraphDef,
     windows: Mapping[str, tuple[int, ...]],
+    report: Callable[[object], None] = no_report,
 ) -> Volumes:
     """Compute how far the log-probability falls if a box of voxels becomes background (Zeiler & Fergus 2014).
 
     The fall is shared evenly among the box's voxels. Boxes of `windows` voxels, per modality, tile the volume; those at
     the end are cut.
+
+    Args:
+        report: called after each of the `occlusion_passes`.
     """
     whole = log_probability(volumes, params, batch, graphdef=graphdef)
+    report(whole)
     maps = {name: np.zeros(x.shape, np.float32) for name, x in volumes.items()}
     for name, x in volumes.items():
         size = jnp.array(windows[name])
@@ -86,7 +107,16 @@ def occlusion(
                 fall = whole - log_probability(volumes | {name: without}, params, batch, graphdef=graphdef)
                 box = maps[name][m][tuple(slice(i, i + n) for i, n in zip(corner, windows[name], strict=True))]
                 box[...] = fall / box.size
+                report(fall)
     return {name: jnp.asarray(values) for name, values in maps.items()}
+
+
+def occlusion_passes(volumes: Volumes, windows: Mapping[str, tuple[int, ...]]) -> int:
+    """Return how many passes through the model `occlusion` takes: one per box, and one of the whole volumes."""
+    boxes = {
+        n: [-(-size // step) for size, step in zip(x.shape[1:], windows[n], strict=True)] for n, x in volumes.items()
+    }
+    return 1 + sum(len(x) * math.prod(boxes[name]) for name, x in volumes.items())
 
 
 @jax.jit

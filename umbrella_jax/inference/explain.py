@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from umbrella_jax.inference.attribution import (
     integrated,
     log_probability,
     occlusion,
+    occlusion_passes,
     value_and_slope,
 )
 from umbrella_jax.inference.generate import generate
@@ -118,16 +119,31 @@ def explain(
         CheckpointError, RunError: as `umbrella_jax.generate`, or a log-probability or map is not finite.
         DataError: as `Processor.dataset`.
     """
-    if not conversation.images:
-        raise ConfigError(f"{conversation.label}: shows no image, so its answer cannot be explained")
-    if answer is not None and not answer.strip():
-        raise ConfigError("answer: expected a text")
-    if method not in get_args(Method):
-        raise ConfigError(f"method: expected one of {', '.join(get_args(Method))}, got {method!r}")
-    if steps < 1:
-        raise ConfigError(f"steps: expected 1 or more, got {steps}")
-    model.config.check_trained(image.modality for image in conversation.images)
-    dataset = processor.asked(conversation)
+    _check(model, conversation, answer, method, steps)
+    options: dict[str, Any] = {"answer": answer, "method": method, "steps": steps, "windows": windows}
+    return explain_dataset(model, processor, processor.asked(conversation), max_new_tokens=max_new_tokens, **options)
+
+
+def explain_dataset(
+    model: Llava,
+    processor: Processor,
+    dataset: Dataset,
+    *,
+    answer: str | None = None,
+    method: Method = "integrated",
+    steps: int = 16,
+    max_new_tokens: int = 32,
+    windows: EvaluationWindows = "first",
+    progress: Callable[[int, int], None] | None = None,
+) -> Explanation:
+    """Do what `explain` does, for a data set of one conversation that has its prompt.
+
+    Args:
+        progress: called with the number of passes through the model that are done, and of all; what it raises ends the
+            explanation.
+    """
+    (conversation,) = dataset.conversations
+    _check(model, conversation, answer, method, steps)
     if answer is None:
         tokens = generate(
             model,
@@ -138,9 +154,9 @@ def explain(
         (answer,) = processor.decode(tokens)
     (ids,) = encode_answers(conversation, [answer], processor.tokenizer, template=processor.template)
     versions = expand(dataset, windows).dataset.prompts
+    options: dict[str, Any] = {"method": method, "steps": steps, "count": _Passes(progress, len(versions))}
     explained = [
-        _explain_version(model, processor, dataset, _with_answer(prompt, ids), answer, method=method, steps=steps)
-        for prompt in versions
+        _explain_version(model, processor, dataset, _with_answer(prompt, ids), answer, **options) for prompt in versions
     ]
     maps: dict[Image, np.ndarray] = {}
     for image, values in (pair for version in explained for pair in version.maps.items()):
@@ -153,6 +169,19 @@ def explain(
     return Explanation(answer, log_probability, without, maps)
 
 
+def _check(model: Llava, conversation: Conversation, answer: str | None, method: Method, steps: int) -> None:
+    """Raise the errors of `explain` about its arguments."""
+    if not conversation.images:
+        raise ConfigError(f"{conversation.label}: shows no image, so its answer cannot be explained")
+    if answer is not None and not answer.strip():
+        raise ConfigError("answer: expected a text")
+    if method not in get_args(Method):
+        raise ConfigError(f"method: expected one of {', '.join(get_args(Method))}, got {method!r}")
+    if steps < 1:
+        raise ConfigError(f"steps: expected 1 or more, got {steps}")
+    model.config.check_trained(image.modality for image in conversation.images)
+
+
 def _with_answer(prompt: Encoded, ids: Sequence[int]) -> Encoded:
     """Return a prompt with an answer, whose tokens are the only supervised ones."""
     return replace(
@@ -162,8 +191,36 @@ def _with_answer(prompt: Encoded, ids: Sequence[int]) -> Encoded:
     )
 
 
+class _Passes:
+    """Counts the passes through the model that an explanation has made, for `progress`."""
+
+    def __init__(self, progress: Callable[[int, int], None] | None, versions: int):
+        self._progress, self._versions, self._done, self._total = progress, versions, 0, 0
+
+    def expect(self, passes: int) -> None:
+        """Begin a version that takes so many passes, as each other one does."""
+        self._total = passes * self._versions
+        if self._progress and self._done == 0:
+            self._progress(0, self._total)
+
+    def __call__(self, result: object) -> None:
+        """Count a pass when its result is there."""
+        if self._progress:
+            jax.block_until_ready(result)
+            self._done += 1
+            self._progress(self._done, self._total)
+
+
 def _explain_version(
-    model: Llava, processor: Processor, dataset: Dataset, whole: Encoded, answer: str, *, method: Method, steps: int
+    model: Llava,
+    processor: Processor,
+    dataset: Dataset,
+    whole: Encoded,
+    answer: str,
+    *,
+    method: Method,
+    steps: int,
+    count: _Passes,
 ) -> Explanation:
     """Explain the supervised tokens of one conversation that shows one window of each run.
 
@@ -182,17 +239,24 @@ def _explain_version(
     put = partial(jax.tree.map, jax.numpy.asarray)
     volumes, background, batch = put(batch.volumes), put(background), put(batch)
     common: dict[str, Any] = {"graphdef": graphdef}
+    boxes = {name: processor.modalities[name].patch for name in volumes}
+    passes = {"gradient": 1, "integrated": steps, "occlusion": occlusion_passes(volumes, boxes)}
+    count.expect(passes[method] + 2)
     if method == "gradient":
         contributions = gradient(volumes, background, params, batch, **common)
+        count(contributions)
     elif method == "integrated":
-        contributions = integrated(volumes, background, params, batch, steps=steps, **common)
+        contributions = integrated(volumes, background, params, batch, steps=steps, report=count, **common)
     else:
-        boxes = {name: processor.modalities[name].patch for name in volumes}
-        contributions = occlusion(volumes, background, params, batch, windows=boxes, **common)
-    if method == "occlusion":
-        logs = [float(log_probability(x, params, batch, **common)) for x in (volumes, background)]
-    else:  # two more gradients take less than a second program, whose compilation often outlasts everything else
-        logs = [float(value_and_slope(x, params, batch, **common)[0]) for x in (volumes, background)]
+        contributions = occlusion(volumes, background, params, batch, windows=boxes, report=count, **common)
+    logs = list[float]()
+    for shown_volumes in (volumes, background):
+        if method == "occlusion":
+            value = log_probability(shown_volumes, params, batch, **common)
+        else:  # two more gradients take less than a second program, whose compilation often outlasts everything else
+            value = value_and_slope(shown_volumes, params, batch, **common)[0]
+        count(value)
+        logs.append(float(value))
     if not all(np.isfinite(np.asarray(x)).all() for x in (logs, *contributions.values())):
         names = ", ".join([conversation.label, *(str(image.path) for image in distinct)])
         raise nonfinite_error("log-probabilities or maps", {0: names}, params, batch, graphdef=graphdef)

@@ -97,7 +97,7 @@ class QuestionBatches:
         questions = [(np.zeros((rows, question_positions), np.int32), np.zeros(rows, np.int32))]
         return PromptsToAnswer(
             shape=shape,
-            contexts=_text_batch(rows, positions),
+            contexts=text_batch(rows, positions),
             is_asked=None if question_positions else np.zeros(rows, bool),
             questions=questions if question_positions else (),
             numbers=[[None] * rows],
@@ -151,7 +151,7 @@ class QuestionBatches:
         return tokens, lengths
 
 
-def _text_batch(rows: int, positions: int) -> Batch:
+def text_batch(rows: int, positions: int) -> Batch:
     """Return a batch of empty rows without volumes and without targets."""
     shape = rows, positions
     targets = np.zeros((rows, 1), np.int32)

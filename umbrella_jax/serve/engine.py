@@ -1,0 +1,617 @@
+"""Answer the questions of many clients with one model: they queue, are read one by one, and answered together.
+
+One thread owns the model. It reads prompts one by one, padded to one of a few lengths, and then generates the answers
+of up to `lanes` questions together (`umbrella_jax.inference.lanes`): a question joins the others at any token and
+leaves after its last one. Volumes are read by other threads beforehand, and the features of the latest ones are kept,
+so a second question about a scan neither reads nor encodes it again. Explanations run in a thread of their own.
+"""
+
+import asyncio
+import itertools
+import logging
+import threading
+from collections import OrderedDict, deque
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import partial
+from hashlib import blake2b
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from umbrella_jax.batch import AnswerTree
+from umbrella_jax.data.answer_trees import Answers, answer_trees, tree_shape
+from umbrella_jax.data.blas import one_blas_thread
+from umbrella_jax.data.cache import Sources
+from umbrella_jax.data.conversation import Conversation, Image
+from umbrella_jax.data.loader import Dataset
+from umbrella_jax.data.tokenize import Encoded, encode_answers, encode_numbers, encode_prompt
+from umbrella_jax.data.volume import companion_files
+from umbrella_jax.errors import ConfigError, DataError, RunError, UmbrellaError
+from umbrella_jax.inference.attribution import Method
+from umbrella_jax.inference.controls import make_controls
+from umbrella_jax.inference.explain import Explanation, explain_dataset
+from umbrella_jax.inference.generate import GREEDY, Decoding, Sampling, encode, prefill, score_answers
+from umbrella_jax.inference.lanes import Lanes, advance, draws_of, empty_lanes, enter, first_token
+from umbrella_jax.inference.processor import Processor
+from umbrella_jax.inference.question_batches import text_batch
+from umbrella_jax.models import Llava, split
+from umbrella_jax.scoring.number_grid import NumberGrid
+from umbrella_jax.scoring.numeric import NumberDistributions
+
+_log = logging.getLogger(__name__)
+_SHORTEST = 64
+"""Shortest length to which prompts are padded."""
+_KEPT_BYTES = 1 << 29
+"""Size of the preprocessed volumes that are kept in memory."""
+_SCORED = 256
+"""Answers that are scored at a time, which bounds the memory."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question to the model."""
+
+    conversation: Conversation
+    """Its last turn is the assistant's and empty."""
+    max_new_tokens: int = 32
+    sampling: Sampling = GREEDY
+    seed: int = 0
+    answers: tuple[str, ...] = ()
+    """Answers whose probabilities to return as well."""
+    numbers: NumberGrid | None = None
+    """Candidate numbers whose probabilities to return as well."""
+    control: Literal["blank"] | None = None
+    """`blank` shows background instead of each scan, see `umbrella_jax.inference.controls`."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """The next piece of an answer."""
+
+    delta: str
+
+
+@dataclass(frozen=True)
+class CompleteAnswer:
+    """A whole answer."""
+
+    text: str
+    finish_reason: Literal["stop", "length"]
+    """`length` if `max_new_tokens` ended it."""
+    prompt_tokens: int
+    """Positions of the prompt, patches included."""
+    completion_tokens: int
+    likelihoods: Mapping[str, float]
+    """{answer of `Question.answers`: its probability among these}."""
+    numbers: NumberDistributions | None
+    """The distribution over `Question.numbers`."""
+
+
+@dataclass(frozen=True)
+class ExplainProgress:
+    """How much of an explanation is done."""
+
+    done: int
+    total: int
+
+
+class Busy(Exception):
+    """The queue is full."""
+
+    retry_after = 5
+    """Seconds after which to ask again."""
+
+
+@dataclass
+class _Job:
+    """A question on its way through the engine."""
+
+    question: Question
+    prompt: Encoded
+    volumes: Mapping[Image, tuple[Any, np.ndarray]]
+    """{distinct image: key under which its features are kept, and the volume}."""
+    trees: Sequence[tuple[AnswerTree, int]]
+    """Answers and candidate numbers to score, a chunk at a time, and how many."""
+    send: Callable[[Any], None]
+    """Gives an event or an error to the client; returns at once."""
+    is_gone: bool = False
+    """Whether the client has gone away."""
+    tokens: list[int] = field(default_factory=list)
+    shown: str = ""
+    scores: np.ndarray | None = None
+
+
+class Engine:
+    """A model that answers questions, with its queue.
+
+    `ask` and `explain` belong to one event loop; `start` and `close` may be called from anywhere.
+    """
+
+    def __init__(
+        self,
+        model: Llava,
+        processor: Processor,
+        *,
+        lanes: int = 8,
+        max_new_tokens: int = 256,
+        max_waiting: int = 64,
+        scans_kept: int = 16,
+        read_seconds: float = 120,
+    ):
+        """Initialise an engine; `start` makes it answer.
+
+        Args:
+            lanes: questions that are answered together.
+            max_new_tokens: largest number of tokens of an answer.
+            max_waiting: questions and explanations, each, that may be under way; a further one is refused (`Busy`).
+            scans_kept: scans of each modality whose features are kept, and the most that one question may show.
+            read_seconds: longest time to read the scans of a question.
+        """
+        self.processor, self.config, self.max_new_tokens = processor, model.config, max_new_tokens
+        self._model = model
+        self._graphdef, self._params = split(model)
+        self._max_waiting, self._read_seconds = max_waiting, read_seconds
+        self._volumes = _VolumeStore(processor)
+        self._features = _Features(model, scans_kept)
+        self._lanes: Lanes | None = None
+        self._slots_of_lanes = 0  # of a prompt; each lane has room for an answer besides
+        self._busy: list[_Job | None] = [None] * lanes
+        self._queue: deque[_Job] = deque()
+        self._changed = threading.Condition()
+        self._is_closed = False
+        self._asked = self._explained = 0
+        self._prepared = asyncio.Semaphore(2 * lanes)  # so that waiting questions hold no volumes
+        self._readers = ThreadPoolExecutor(2, "read")
+        self._explainer = ThreadPoolExecutor(1, "explain")
+        self._thread = threading.Thread(target=self._work, name="model", daemon=True)
+
+    @property
+    def waiting(self) -> int:
+        """Number of questions that are under way and not being answered yet."""
+        return max(self._asked - self.answering, 0)
+
+    @property
+    def answering(self) -> int:
+        """Number of questions whose answers are being generated."""
+        return sum(job is not None for job in self._busy)
+
+    def start(self, questions: Sequence[Question] = ()) -> None:
+        """Compile the programs for questions like these, and begin to answer.
+
+        Args:
+            questions: their scans need not exist and are not read.
+
+        Raises DataError or ConfigError if one of them cannot be asked.
+        """
+        self._warm_up(questions)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop answering; questions that are under way get an error."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify()
+        if self._thread.is_alive():
+            self._thread.join()
+        self._readers.shutdown(cancel_futures=True)
+        self._explainer.shutdown(cancel_futures=True)
+
+    async def ask(self, question: Question) -> AsyncIterator[Text | CompleteAnswer]:
+        """Yield the answer piece by piece, and at the end as a whole.
+
+        A caller that stops iterating, or is cancelled, ends the work on its question.
+
+        Raises:
+            Busy: too many questions are under way.
+            ConfigError, DataError, CheckpointError: the question cannot be asked, or a scan cannot be read.
+            RunError: the model's numbers are not finite, or the engine was closed.
+        """
+        if self._asked >= self._max_waiting:
+            raise Busy
+        self._asked += 1
+        job: _Job | None = None
+        try:
+            async with self._prepared:
+                events: asyncio.Queue[Any] = asyncio.Queue()
+                loop = asyncio.get_running_loop()
+                job = await self._in_thread(partial(self._prepare, question, partial(_send, loop, events)))
+                with self._changed:
+                    self._queue.append(job)
+                    self._changed.notify()
+                while True:
+                    event = await events.get()
+                    if isinstance(event, BaseException):
+                        raise event
+                    yield event
+                    if isinstance(event, CompleteAnswer):
+                        return
+        finally:
+            self._asked -= 1
+            if job is not None:
+                job.is_gone = True
+
+    async def explain(
+        self, question: Question, answer: str | None = None, method: Method = "integrated"
+    ) -> AsyncIterator[ExplainProgress | Explanation]:
+        """Yield the progress of an explanation, and at the end the explanation.
+
+        Args:
+            answer: the text to explain; by default the answer to the question.
+
+        Raises:
+            Busy: too many explanations are under way.
+            ConfigError, DataError, CheckpointError, RunError: as `ask` and `umbrella_jax.explain`.
+        """
+        if self._explained >= self._max_waiting:
+            raise Busy
+        self._explained += 1
+        gone = threading.Event()
+        try:
+            if answer is None:
+                async for event in self.ask(replace(question, answers=(), numbers=None)):
+                    if isinstance(event, CompleteAnswer):
+                        answer = event.text
+            events: asyncio.Queue[Any] = asyncio.Queue()
+            send = partial(_send, asyncio.get_running_loop(), events)
+            dataset = await self._in_thread(partial(self._volumes.dataset, question))
+
+            def progress(done: int, total: int) -> None:
+                if gone.is_set():
+                    raise _GoneError
+                send(ExplainProgress(done, total))
+
+            def work() -> None:
+                try:
+                    if not gone.is_set():
+                        options: dict[str, Any] = {"answer": answer, "method": method, "progress": progress}
+                        send(explain_dataset(self._model, self.processor, dataset, **options))
+                except BaseException as error:
+                    send(error)
+
+            self._explainer.submit(work)
+            while True:
+                event = await events.get()
+                if isinstance(event, BaseException):
+                    raise event
+                yield event
+                if isinstance(event, Explanation):
+                    return
+        finally:
+            gone.set()
+            self._explained -= 1
+
+    async def _in_thread(self, function: Callable[[], Any]) -> Any:
+        """Run a function that reads scans in a thread. Raises DataError if it takes too long."""
+        future = asyncio.get_running_loop().run_in_executor(self._readers, function)
+        try:
+            return await asyncio.wait_for(future, self._read_seconds)
+        except TimeoutError:
+            raise DataError(f"the scans were not read within {self._read_seconds:g} s; send smaller ones") from None
+
+    def _prepare(self, question: Question, send: Callable[[Any], None]) -> _Job:
+        """Check a question, read its volumes and encode its texts."""
+        if not 1 <= question.max_new_tokens <= self.max_new_tokens:
+            raise ConfigError(f"max_tokens: expected 1 to {self.max_new_tokens}, got {question.max_new_tokens}")
+        if not 0 <= question.seed < 2**32:
+            raise ConfigError(f"seed: expected 0 to {2**32 - 1}, got {question.seed}")
+        self.config.check_trained(image.modality for image in question.conversation.images)
+        prompt, volumes = self._volumes.read(question)
+        self._features.check(volumes)
+        return _Job(question, prompt, volumes, self._trees(question), send)
+
+    def _trees(self, question: Question) -> list[tuple[AnswerTree, int]]:
+        """Return the answers and candidate numbers of a question, padded to few shapes."""
+        common: dict[str, Any] = {"tokenizer": self.processor.tokenizer, "template": self.processor.template}
+        encoded: list[Answers] = []
+        if question.answers:
+            encoded.append(encode_answers(question.conversation, question.answers, **common))
+        if question.numbers:
+            grid = question.numbers
+            encoded.append(encode_numbers(question.conversation, grid.texts, grid.stems, **common))
+        chunks = [own[i : i + _SCORED] for own in encoded for i in range(0, len(own), _SCORED)]
+        return [(answer_trees([own], _round_tree(*tree_shape([own]))), len(own)) for own in chunks]
+
+    # The methods below run in the thread that owns the model.
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                while not self._is_closed and not self._queue and not any(self._busy):
+                    self._changed.wait()
+                if self._is_closed:
+                    for job in (*self._queue, *filter(None, self._busy)):
+                        job.send(RunError("the server is shutting down"))
+                    return
+            self._admit()
+            if any(self._busy):
+                try:
+                    self._advance()
+                except Exception as error:
+                    _log.exception("generation failed")
+                    for failed in filter(None, self._busy):
+                        failed.send(error)
+                    self._busy = [None] * len(self._busy)
+                    self._lanes = None  # it was donated
+
+    def _admit(self) -> None:
+        """Give free lanes to the questions that wait longest.
+
+        A question that needs longer lanes than there are waits until all are free.
+        """
+        while self._queue and None in self._busy:
+            job = self._queue[0]
+            slots = _round_length(len(job.prompt))
+            if slots > self._slots_of_lanes and any(self._busy):
+                return
+            self._queue.popleft()
+            if job.is_gone:
+                continue
+            try:
+                state = self._read_prompt(job, slots)
+                token = self._first_token(job, state)
+            except Exception as error:
+                if not isinstance(error, UmbrellaError):
+                    _log.exception("a prompt could not be read")
+                job.send(error)
+                continue
+            if complete := self._append(job, token):
+                job.send(complete)
+                continue
+            if not any(self._busy) and slots != self._slots_of_lanes:
+                self._lanes, self._slots_of_lanes = None, slots
+            if self._lanes is None:
+                self._lanes = empty_lanes(state, len(self._busy), self._slots_of_lanes + self.max_new_tokens - 1)
+            lane = self._busy.index(None)
+            self._lanes = enter(self._lanes, state, np.int32(lane), np.int32(token))
+            self._busy[lane] = job
+
+    def _read_prompt(self, job: _Job, slots: int) -> Decoding:
+        """Read a prompt, and score its answers."""
+        first_rows = self._features.put(self._params, self._graphdef, job.volumes)
+        batch, length = text_batch(1, slots), len(job.prompt)
+        batch.lengths[0], batch.input_ids[0, :length] = length, job.prompt.input_ids
+        for image, start in zip(job.prompt.images, job.prompt.image_starts, strict=True):
+            offsets = np.arange(self.config.modalities[image.modality].num_patches)
+            batch.feature_idx[0, start + offsets] = first_rows[image] + offsets
+        state = prefill(self._params, batch, self._features.arrays, graphdef=self._graphdef, max_new_tokens=1)
+        if job.trees:
+            scores = [score_answers(self._params, state, tree, graphdef=self._graphdef)[0] for tree, _ in job.trees]
+            parts = [np.asarray(own, np.float64)[:count] for own, (_, count) in zip(scores, job.trees, strict=True)]
+            job.scores = np.concatenate(parts)
+            if not np.isfinite(job.scores).all():
+                raise RunError("likelihoods are not finite; look for NaN in the model's weights")
+        return state
+
+    def _first_token(self, job: _Job, state: Decoding) -> int:
+        token, finite = first_token(self._params, state.hidden, self._draws([job]), graphdef=self._graphdef)
+        if not finite[0]:
+            raise _not_finite()
+        return int(token[0])
+
+    def _advance(self) -> None:
+        """Generate a token in each busy lane."""
+        assert self._lanes is not None
+        for lane, job in enumerate(self._busy):
+            if job is not None and job.is_gone:
+                self._busy[lane] = None
+        if not any(self._busy):
+            return
+        is_busy = np.array([job is not None for job in self._busy])
+        draws = self._draws(self._busy)
+        self._lanes, finite = advance(self._params, self._lanes, is_busy, draws, graphdef=self._graphdef)
+        tokens, finite = jax.device_get((self._lanes.tokens, finite))
+        for lane, job in enumerate(self._busy):
+            if job is None:
+                continue
+            if not finite[lane]:
+                self._busy[lane] = None
+                job.send(_not_finite())
+            elif complete := self._append(job, int(tokens[lane])):
+                self._busy[lane] = None
+                job.send(complete)
+
+    def _append(self, job: _Job, token: int) -> CompleteAnswer | None:
+        """Append a token to an answer, and send the text that it adds. Returns the answer if it is complete."""
+        job.tokens.append(token)
+        has_stopped = token in self.processor.stop_ids
+        is_complete = has_stopped or len(job.tokens) == job.question.max_new_tokens
+        (text,) = self.processor.decode([job.tokens])
+        if is_complete or not text.endswith("\N{REPLACEMENT CHARACTER}"):  # its other tokens are still to come
+            if delta := text.removeprefix(job.shown):
+                job.send(Text(delta))
+            job.shown = text
+        return self._answer(job, text, "stop" if has_stopped else "length") if is_complete else None
+
+    def _answer(self, job: _Job, text: str, finish_reason: Literal["stop", "length"]) -> CompleteAnswer:
+        question, scores = job.question, job.scores
+        likelihoods, numbers = dict[str, float](), None
+        if scores is not None:
+            count = len(question.answers)
+            likelihoods = dict(zip(question.answers, map(float, _softmax(scores[:count])), strict=True))
+            if question.numbers:
+                values = np.array(question.numbers.values, np.float64)
+                numbers = NumberDistributions(values, _softmax(scores[count:])[None])
+        return CompleteAnswer(text, finish_reason, len(job.prompt), len(job.tokens), likelihoods, numbers)
+
+    def _draws(self, jobs: Sequence[_Job | None]) -> Any:
+        """Return how the rows of `jobs` choose their next tokens; None if all take the likeliest."""
+        sampling = [job.question.sampling if job else GREEDY for job in jobs]
+        return draws_of(
+            np.array([own.temperature for own in sampling], np.float32),
+            np.array([own.top_k or 2**31 - 1 for own in sampling], np.int32),
+            np.array([own.top_p for own in sampling], np.float32),
+            np.array([job.question.seed if job else 0 for job in jobs], np.uint32),
+            np.array([len(job.tokens) if job else 0 for job in jobs], np.int32),
+        )
+
+    def _warm_up(self, questions: Sequence[Question]) -> None:
+        """Run every program that questions like these need."""
+        common: dict[str, Any] = {"graphdef": self._graphdef}
+        states: dict[int, Decoding] = {}
+        drawing = replace(GREEDY, temperature=1.0)
+        for question in questions:
+            arguments = self.processor.tokenizer, self.processor.modalities, self.processor.max_length
+            prompt = encode_prompt(question.conversation, *arguments, template=self.processor.template)
+            shown = {
+                image: (None, np.zeros(self.config.modalities[image.modality].size, np.float32))
+                for image in prompt.images
+            }
+            for own in (question, replace(question, sampling=drawing)):
+                job = _Job(own, prompt, shown, self._trees(own), _ignore)
+                slots = _round_length(len(prompt))
+                states[slots] = self._read_prompt(job, slots)
+                first_token(self._params, states[slots].hidden, self._draws([job]), **common)
+                drawn = self._draws([job, *self._busy[1:]])
+                lanes = empty_lanes(states[slots], len(self._busy), slots + self.max_new_tokens - 1)
+                for shorter in sorted(states):
+                    if shorter <= slots:
+                        lanes = enter(lanes, states[shorter], np.int32(0), np.int32(0))
+                jax.block_until_ready(advance(self._params, lanes, np.ones(len(self._busy), bool), drawn, **common))
+
+
+class _GoneError(Exception):
+    """The client of an explanation has gone away."""
+
+
+class _VolumeStore:
+    """Reads the volumes of questions, and keeps the latest ones."""
+
+    def __init__(self, processor: Processor):
+        self._processor = processor
+        self._kept: OrderedDict[Any, np.ndarray] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def dataset(self, question: Question) -> Dataset:
+        """Return a data set with the prompt of a question, whose volumes have been checked."""
+        processor, conversation = self._processor, question.conversation
+        sources = Sources()
+        with one_blas_thread():
+            windows = {i: sources.check(i.path, processor.modalities[i.modality]) for i in conversation.images}
+        prompt = self._encode(conversation)
+        dataset = Dataset((conversation,), (), (prompt,), windows, processor.modalities, sources)
+        if question.control is None:
+            return dataset
+        (blank,) = make_controls(dataset, processor, [question.control], {})[question.control]
+        return blank.dataset
+
+    def read(self, question: Question) -> tuple[Encoded, dict[Image, tuple[Any, np.ndarray]]]:
+        """Return the prompt of a question, and {distinct image: (key, volume)}. Equal volumes have equal keys."""
+        if question.control is None:
+            prompt = self._encode(question.conversation)
+            keys = {image: self._key(image) for image in prompt.images}
+            with self._lock:
+                known = {i: (key, self._kept[key]) for i, key in keys.items() if key in self._kept}
+            if len(known) == len(keys):
+                return prompt, known
+        dataset = self.dataset(question)
+        (prompt,) = dataset.prompts
+        volumes = {}
+        for image in dict.fromkeys(prompt.images):
+            with one_blas_thread():
+                volume = dataset.volume(image)
+            key = self._key(image) if question.control is None else None
+            if key is None:
+                key = image.modality, blake2b(volume.tobytes(), digest_size=16).digest()
+            else:
+                self._keep(key, volume)
+            volumes[image] = key, volume
+        return prompt, volumes
+
+    def _encode(self, conversation: Conversation) -> Encoded:
+        processor = self._processor
+        arguments = processor.tokenizer, processor.modalities, processor.max_length
+        return encode_prompt(conversation, *arguments, template=processor.template)
+
+    def _key(self, image: Image) -> Any:
+        """Return what identifies a file as it is now; None for a directory of frames, whose files may change."""
+        try:
+            files = [image.path, *companion_files(image.path, self._processor.modalities[image.modality])]
+            stats = [(str(file), file.stat()) for file in files]
+        except (OSError, UmbrellaError):  # reading reports it
+            return None
+        if image.path.is_dir():
+            return None
+        return image.modality, *((file, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for file, s in stats)
+
+    def _keep(self, key: Any, volume: np.ndarray) -> None:
+        with self._lock:
+            self._kept[key] = volume
+            self._kept.move_to_end(key)
+            while len(self._kept) > 1 and sum(own.nbytes for own in self._kept.values()) > _KEPT_BYTES:
+                self._kept.popitem(last=False)
+
+
+class _Features:
+    """The features of the latest volumes, in a fixed number of slots per modality."""
+
+    def __init__(self, model: Llava, slots: int):
+        config = model.config
+        width, dtype = config.text.hidden_size, jnp.dtype(config.compute_dtype)
+        self.arrays = {n: jnp.zeros((slots, m.num_patches, width), dtype) for n, m in config.modalities.items()}
+        """{modality: [slots, patches, width]}, for `prefill`."""
+        self._slots = slots
+        self._kept: dict[str, OrderedDict[Any, int]] = {name: OrderedDict() for name in self.arrays}
+        patches = [slots * self.arrays[name].shape[1] for name in sorted(self.arrays)]
+        starts = [0, *itertools.accumulate(patches)]
+        self._first = dict(zip(sorted(self.arrays), starts, strict=False))  # `Batch.feature_idx`
+
+    def check(self, volumes: Mapping[Image, Any]) -> None:
+        """Raise ConfigError if a question shows more scans of a modality than there are slots."""
+        for name in self.arrays:
+            if (count := sum(image.modality == name for image in volumes)) > self._slots:
+                raise ConfigError(f"{count} {name} scans: this server takes at most {self._slots} in one conversation")
+
+    def put(self, params: Any, graphdef: Any, volumes: Mapping[Image, tuple[Any, np.ndarray]]) -> dict[Image, int]:
+        """Encode volumes that have no slot. Returns the row of `Batch.feature_idx` of each one's first feature."""
+        first = dict[Image, int]()
+        needed = {key for key, _ in volumes.values()}
+        for image, (key, volume) in volumes.items():
+            name, kept = image.modality, self._kept[image.modality]
+            if key not in kept:
+                slot = len(kept)
+                if slot == self._slots:
+                    slot = kept.pop(next(own for own in kept if own not in needed))
+                slots = np.array([slot], np.int32)
+                self.arrays[name] = encode(params, volume[None], slots, self.arrays[name], graphdef=graphdef, name=name)
+                kept[key] = slot
+            kept.move_to_end(key)
+            first[image] = self._first[name] + kept[key] * self.arrays[name].shape[1]
+        return first
+
+
+def _round_length(length: int) -> int:
+    """Round a prompt's length up to 64, 128, 192, 256, 384, 512, 768 and so on: at most a third is padding."""
+    size = _SHORTEST
+    while size < length:
+        size *= 2
+    shorter = size // 4 * 3
+    return shorter if size > 2 * _SHORTEST and length <= shorter else size
+
+
+def _round_tree(nodes: int, answers: int) -> tuple[int, int]:
+    """Round the shape of an `AnswerTree` up to powers of two."""
+    return max(8, 1 << (nodes - 1).bit_length()), max(4, 1 << (answers - 1).bit_length())
+
+
+def _softmax(scores: np.ndarray) -> np.ndarray:
+    shares = np.exp(scores - scores.max(initial=-np.inf))
+    return shares / shares.sum()
+
+
+def _not_finite() -> RunError:
+    return RunError("logits are not finite; look for NaN in the model's weights and in the scan")
+
+
+def _ignore(event: Any) -> None:
+    """Send nothing: the `send` of questions that only warm up."""
+
+
+def _send(loop: asyncio.AbstractEventLoop, events: asyncio.Queue[Any], event: Any) -> None:
+    """Put an event into a queue of the event loop, from any thread."""
+    with suppress(RuntimeError):  # the loop has ended, and with it the client
+        loop.call_soon_threadsafe(events.put_nowait, event)
