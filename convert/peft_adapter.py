@@ -135,7 +135,8 @@ def open_adapter(directory: Path) -> Trainable:
         factor = _FACTOR.search(name)
         own = _FACTOR.sub(".weight", name)
         hub = hub_name(modules[own])
-        if re.search(r"\.(lora_|base_layer|modules_to_save|original_module)", hub):
+        is_product = factor is None or len(tensor.shape) == 2
+        if not is_product or re.search(r"\.(lora_|base_layer|modules_to_save|original_module)", hub):
             faults.append(f"{tensor.file}: {name}: not a factor A or B of a product; {_PLAIN}")
             continue
         if factor is not None:
@@ -283,8 +284,8 @@ def continue_adapters(
 def write_adapter(out: Path, trained: Trainable, base: str | None) -> None:
     """Write an adapter that PEFT loads onto a base in transformers 4.46 and 5.
 
-    Its name for a module depends on transformers' version. PEFT renames the factors when it loads them, but not whole
-    modules, so these are in the file under both names.
+    Its name for a module depends on transformers' version. PEFT renames the factors when it loads them, but not those
+    of the projector nor whole modules, so these are in the file under both names.
 
     Args:
         out: existing folder.
@@ -317,7 +318,8 @@ def write_adapter(out: Path, trained: Trainable, base: str | None) -> None:
         "use_dora": False,
     }
     tensors = {_PREFIX + name: tensor for name, tensor in trained.tensors.items()}
-    tensors |= {f"{_PREFIX}model.{_name_in_5(name)}": tensor for name, tensor in whole.items()}
+    kept = whole | {name: tensor for name, tensor in trained.tensors.items() if name.startswith(PROJECTOR)}
+    tensors |= {f"{_PREFIX}model.{_name_in_5(name)}": tensor for name, tensor in kept.items()}
     (out / ADAPTER).write_text(strict_json(description, indent=2) + "\n")
     write_safetensors(out / ADAPTER_WEIGHTS, tensors, make_header(trained), record=True)
 

@@ -135,6 +135,19 @@ def test_reads_what_llava_trains_beside_an_adapter(base: Path, adapter: tuple[Pa
     assert_merged_as(adapter[1], base, folder)
 
 
+def test_adapters_of_every_product_are_written_for_peft(base: Path, tmp_path: Path) -> None:
+    expected = adapt(load_umbrella(base), tmp_path, target_modules="all-linear", r=2).state_dict()
+    found = load_umbrella(base, adapter=tmp_path).state_dict()
+    assert any("multi_modal_projector.linear_1.lora_B" in name for name in expected)
+    assert [name for name, tensor in expected.items() if not torch.equal(found[name], tensor)] == []
+
+
+def test_refuses_the_adapter_of_a_convolution(base: Path, tmp_path: Path) -> None:
+    adapt(load_umbrella(base), tmp_path, target_modules=["T1_proj"], r=2)
+    with pytest.raises(CheckpointError, match=r"T1_proj\.lora_A\.weight: not a factor A or B of a product"):
+        open_adapter(tmp_path)
+
+
 def test_every_setting_of_peft_is_accounted_for() -> None:
     fields = {field.name for field in dataclasses.fields(LoraConfig)}
     assert sorted([*READ, *ONLY, *WITHOUT_EFFECT]) == sorted(fields)
