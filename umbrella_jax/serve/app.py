@@ -28,6 +28,7 @@ STATIC = {
     "niivue.umd.js": _HTML / "vendor" / "niivue.umd.js",
 }
 """Files under /static/; no other file is served."""
+_OCTETS = "application/octet-stream"
 _SWEEP_SECONDS = 30.0
 """Time between two searches for expired uploads."""
 
@@ -79,8 +80,11 @@ def make_app(
         return Response(status_code=204)
 
     async def scan_file(request: Request) -> Response:
-        content = await scans.viewable(request.path_params["id"])
-        return FileResponse(content) if isinstance(content, Path) else _octets(content)
+        id = request.path_params["id"]
+        content = await scans.viewable(id)
+        if isinstance(content, Path):
+            return FileResponse(content, media_type=_OCTETS, filename=scans[id].name.rpartition("/")[2])
+        return _octets(content)
 
     async def seen(request: Request) -> Response:
         window = request.query_params.get("window", "0")
@@ -136,7 +140,7 @@ def make_app(
 
 
 def _octets(content: bytes) -> Response:
-    return Response(content, media_type="application/octet-stream")
+    return Response(content, media_type=_OCTETS)
 
 
 async def _sweep(scans: Scans) -> None:
