@@ -20,14 +20,9 @@ from umbrella_jax.serve.scans import Scans
 
 _PAGE = Path(__file__).parent / "page"
 _HTML = Path(__file__).parents[1] / "html"
-STATIC = {
-    "serve.js": _PAGE / "serve.js",
-    "serve.css": _PAGE / "serve.css",
-    "viewer.js": _HTML / "viewer.js",
-    "style.css": _HTML / "style.css",
-    "niivue.umd.js": _HTML / "vendor" / "niivue.umd.js",
-}
-"""Files under /static/; no other file is served."""
+_FILES = [*_PAGE.glob("*.js"), *_PAGE.glob("*.css"), *(_HTML / name for name in ("viewer.js", "style.css"))]
+STATIC = {file.name: file for file in (*_FILES, _HTML / "vendor" / "niivue.umd.js")}
+"""{name: file} of the files under /static/; no other file is served."""
 _OCTETS = "application/octet-stream"
 _SWEEP_SECONDS = 30.0
 """Time between two searches for expired uploads."""
@@ -61,7 +56,7 @@ def make_app(
 
     async def static(request: Request) -> Response:
         file = STATIC.get(request.path_params["name"])
-        if file is None or not file.is_file():
+        if file is None:
             raise HTTPException(404)
         return FileResponse(file)
 
