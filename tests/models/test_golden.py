@@ -69,13 +69,12 @@ def test_merge_and_logits(values):
     ("remat", "layers"),
     [
         ("mlp", "scanned"),
-        ("none", "scanned"),
-        ("none", "unrolled"),
+        pytest.param("none", "scanned", marks=pytest.mark.slow),
+        pytest.param("none", "unrolled", marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.slow
 def test_loss_and_gradients(remat, layers):
-    """`test_ten_adamw_steps` has the policy `full`, and all policies have one gradient (test_shapes.py)."""
+    """Compare two policies; `test_ten_adamw_steps` has `full`, and all have one gradient (test_shapes.py)."""
     config, params = golden_model(remat=remat)
     graphdef, _ = abstract_params(replace(config, layers=layers))
     trainable, frozen = partition(params, label_params(list(params), ["patch_embed"]))

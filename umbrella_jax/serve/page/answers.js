@@ -1,0 +1,256 @@
+// An answer on the page: its text as it comes, likelihoods, numbers, the answer without the scan, and why.
+
+import { announce, button, element, percent, shortNumber, showError, svg } from "/static/elements.js";
+import { streamEvents } from "/static/requests.js";
+
+const METHODS = {
+  integrated: { name: "integrated gradients", says: "Integrated gradients: the voxels of all maps add up to the effect of the scans." },
+  gradient: { name: "gradient, fastest", says: "Gradient times voxel: fast, and true for small changes of the scan only." },
+  occlusion: { name: "occlusion, slowest", says: "Occlusion: how the likelihood changes as one patch after the other is hidden." },
+};
+const UNIT = "nats"; // of log-probabilities
+const MOST_BARS = 40;
+
+// Ask, show the text in `place` as it comes, and return {text, extra}, with `extra` the answer's field `umbrella`.
+async function streamAnswer(body, place, signal) {
+  const text = document.createTextNode("");
+  place.replaceChildren(text);
+  place.setAttribute("aria-busy", "true");
+  let [extra, reason] = [{}, "stop"];
+  try {
+    for await (const chunk of streamEvents("/v1/chat/completions", { ...body, stream: true }, signal)) {
+      const choice = chunk.choices?.[0];
+      text.data += choice?.delta?.content ?? "";
+      reason = choice?.finish_reason ?? reason;
+      Object.assign(extra, chunk.umbrella);
+    }
+  } finally {
+    place.setAttribute("aria-busy", "false");
+  }
+  if (!text.data) place.replaceChildren(element("em", {}, "an empty answer"));
+  if (reason === "length") place.append(element("small", {}, " (cut off at the longest answer that was asked for)"));
+  return { text: text.data, extra };
+}
+
+function bar(share, kind) {
+  const made = element("span", { className: `bar ${kind}` });
+  made.style.width = `${100 * share}%`;
+  return element("span", { className: "bar-track", "aria-hidden": "true" }, made);
+}
+
+function likelihoodTable(likelihoods, blank) {
+  const without = new Map((blank ?? []).map(({ answer, probability }) => [answer, probability]));
+  const rows = [...likelihoods].sort((a, b) => b.probability - a.probability).map(({ answer, probability }) => {
+    const cells = [element("td", {}, percent(probability)), element("td", { className: "bars" }, bar(probability, "with"))];
+    if (blank) {
+      cells[1].append(bar(without.get(answer) ?? 0, "without"));
+      cells.push(element("td", {}, percent(without.get(answer) ?? 0)));
+    }
+    return element("tr", {}, element("th", { scope: "row" }, answer), ...cells);
+  });
+  const heads = ["answer", blank ? "with the scan" : "likelihood", "bars", ...(blank ? ["without"] : [])];
+  return element("div", { className: "scroll likelihoods" }, element("table", {},
+    element("caption", {}, "Likelihood of each answer, among these"),
+    element("thead", {}, element("tr", {}, ...heads.map((name) => element("th", { scope: "col" }, name === "bars" ? element("span", { className: "unseen" }, name) : name)))),
+    element("tbody", {}, ...rows)));
+}
+
+// Sum neighbours, so that a grid of hundreds of candidates has bars that can be seen.
+function binned(values, probabilities) {
+  const each = Math.ceil(values.length / MOST_BARS);
+  const bins = [];
+  for (let i = 0; i < values.length; i += each) {
+    const last = Math.min(i + each, values.length) - 1;
+    bins.push({ from: values[i], to: values[last], share: probabilities.slice(i, last + 1).reduce((a, b) => a + b, 0) });
+  }
+  return bins;
+}
+
+function intervalOf(numbers) {
+  const key = Object.keys(numbers).filter((name) => /^interval_/.test(name)).sort().at(-1);
+  return key ? { level: key.slice("interval_".length), ends: numbers[key] } : null;
+}
+
+function numberFigure(numbers, unit, blank) {
+  const { values, probabilities } = numbers;
+  const bins = binned(values, probabilities);
+  const others = blank ? binned(blank.values, blank.probabilities) : [];
+  const [width, height, left, bottom, top] = [420, 170, 56, 28, 10];
+  const highest = Math.max(...bins.map(({ share }) => share), ...others.map(({ share }) => share), 1e-9);
+  const slot = (width - left - 8) / bins.length;
+  const y = (share) => height - bottom - (share / highest) * (height - bottom - top);
+  const parts = [];
+  for (const share of [0, highest / 2, highest]) {
+    parts.push(svg("line", { x1: left, x2: width - 8, y1: y(share), y2: y(share), class: "grid" }),
+      svg("text", { x: left - 6, y: y(share) + 4, "text-anchor": "end" }, percent(share)));
+  }
+  bins.forEach(({ from, to, share }, i) => {
+    const name = from === to ? shortNumber(from) : `${shortNumber(from)} to ${shortNumber(to)}`;
+    parts.push(svg("rect", { x: left + i * slot + 0.5, y: y(share), width: Math.max(slot - 1, 1), height: height - bottom - y(share), class: "with" },
+      svg("title", {}, `${name} ${unit}: ${percent(share)}`)));
+  });
+  if (others.length === bins.length) {
+    const points = others.map(({ share }, i) => `${left + (i + 0.5) * slot},${y(share)}`).join(" ");
+    parts.push(svg("polyline", { points, class: "without-line" }));
+  }
+  for (const i of new Set([0, Math.floor(bins.length / 2), bins.length - 1])) {
+    parts.push(svg("text", { x: left + (i + 0.5) * slot, y: height - 8, "text-anchor": "middle" }, shortNumber(bins[i].from)));
+  }
+  const interval = intervalOf(numbers);
+  const summary = [
+    `Expected ${shortNumber(numbers.expectation)} ${unit}`.trim(), `median ${shortNumber(numbers.median)}`,
+    interval ? `${interval.level} % between ${interval.ends.map(shortNumber).join(" and ")}` : null,
+    blank ? `without the scan: expected ${shortNumber(blank.expectation)}` : null,
+  ].filter(Boolean).join(" · ");
+  const picture = svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `Probability of each number. ${summary}` }, ...parts);
+  const key = blank ? element("span", { className: "key" }, element("span", { className: "swatch with" }), " with the scan ",
+    element("span", { className: "swatch without" }), " without") : null;
+  return element("figure", { className: "chart numbers" },
+    element("figcaption", {}, element("b", {}, summary), element("br"), `Probability of each number${unit ? `, in ${unit}` : ""} `, key), picture);
+}
+
+// A question with its answer. `scans` are those of the question, `open()` those that are open now.
+export class Answer {
+  constructor({ question, scans, body, unit, hasScans, open }) {
+    Object.assign(this, { body, unit, open, hasScans });
+    this.result = null;
+    this.blank = null;
+    this.stopper = new AbortController();
+    this.text = element("div", { className: "answer-text", "aria-live": "polite" });
+    this.blankText = element("div", { className: "answer-text" });
+    this.blankBox = element("div", { className: "without-box", hidden: true },
+      element("h4", {}, "Without the scan"), this.blankText, element("p", { className: "small" }, "Each scan was replaced by background."));
+    this.details = element("div");
+    this.error = element("div", { role: "alert" });
+    this.stop = button("Stop", () => this.stopper.abort());
+    this.actions = element("div", { className: "row actions", hidden: true });
+    this.why = element("div", { className: "why", hidden: true });
+    const used = scans.length ? element("p", { className: "small" }, `with ${scans.map(({ label, modality }) => `${label} (${modality})`).join(", ")}`) : null;
+    this.item = element("li", { className: "turn" },
+      element("div", { className: "question" }, element("p", {}, question), used),
+      element("div", { className: "answer card" },
+        element("div", { className: "pair" }, element("div", {}, element("h3", {}, "Answer"), this.text), this.blankBox),
+        this.stop, this.details, this.error, this.actions, this.why));
+  }
+
+  // Ask; the text of the answer, or null if it failed or was stopped.
+  async run() {
+    this.error.replaceChildren();
+    this.stop.hidden = false;
+    try {
+      this.result = await streamAnswer(this.body, this.text, this.stopper.signal);
+    } catch (error) {
+      if (error.name === "AbortError") this.text.append(element("small", {}, " (stopped)"));
+      else throw error;
+      return null;
+    } finally {
+      this.stop.hidden = true;
+    }
+    this.#show();
+    this.#offer();
+    return this.result.text;
+  }
+
+  #show() {
+    const { likelihoods, numbers } = this.result.extra;
+    const blank = this.blank?.extra;
+    this.details.replaceChildren();
+    if (likelihoods?.length) this.details.append(likelihoodTable(likelihoods, blank?.likelihoods));
+    if (numbers) this.details.append(numberFigure(numbers, this.unit, blank?.numbers));
+  }
+
+  #offer() {
+    if (!this.hasScans) return;
+    const control = button("Without the scan", () => this.#askBlank(control));
+    const method = element("select", { "aria-label": "Method" }, 
+      ...Object.entries(METHODS).map(([value, { name }]) => element("option", { value }, name)));
+    const start = button("Why this answer?", () => this.#explain(method.value, start));
+    this.actions.replaceChildren(control, element("span", { className: "row" }, start, element("label", {}, "by ", method)));
+    this.actions.hidden = false;
+  }
+
+  async #askBlank(control) {
+    control.disabled = true;
+    this.blankBox.hidden = false;
+    this.error.replaceChildren();
+    const body = { ...this.body, umbrella: { ...this.body.umbrella, control: "blank" } };
+    try {
+      this.blank = await streamAnswer(body, this.blankText, undefined);
+      this.#show();
+      announce(`Without the scan the answer is: ${this.blank.text}`);
+      control.remove();
+    } catch (error) {
+      this.blankBox.hidden = true;
+      showError(this.error, error, () => this.#askBlank(control));
+      control.disabled = false;
+    }
+  }
+
+  async #explain(method, start) {
+    const stopper = new AbortController();
+    const meter = element("progress", { max: 1, "aria-label": "Progress of the explanation" });
+    const state = element("output", { className: "small" }, "Waiting for its turn…");
+    const cancel = button("Cancel", () => stopper.abort());
+    this.why.hidden = false;
+    this.why.replaceChildren(element("h4", {}, "Why"), element("div", { className: "row" }, meter, state, cancel));
+    start.disabled = true;
+    const { model, messages } = this.body;
+    try {
+      for await (const event of streamEvents("/v1/explain", { model, messages, answer: this.result.text, method }, stopper.signal)) {
+        if (event.total) {
+          Object.assign(meter, { max: event.total, value: event.done });
+          state.textContent = `${event.done} of ${event.total} steps`;
+        }
+        if (event.maps) {
+          await this.#showExplanation(event, method);
+          break;
+        }
+      }
+    } catch (error) {
+      if (error.name === "AbortError") this.why.hidden = true;
+      else showError(this.why, error, () => this.#explain(method, start));
+    } finally {
+      start.disabled = false;
+    }
+  }
+
+  async #showExplanation(explanation, method) {
+    const { log_probability: withScan, without, maps } = explanation;
+    const effect = withScan - without;
+    const sentence = `With the scans, this answer is ${Number(Math.exp(Math.abs(effect)).toPrecision(2))} times `
+      + `${effect < 0 ? "less" : "more"} likely than without them (${effect < 0 ? "−" : "+"}${shortNumber(Math.abs(effect))} ${UNIT}).`;
+    const rows = maps.map((map) => this.#mapRow(map, method));
+    this.why.replaceChildren(element("h4", {}, "Why"), element("p", {}, sentence),
+      element("p", { className: "small" }, `${METHODS[method].says} Red raises the likelihood of the answer, blue lowers it. `
+        + "A map shows what this model used; it is no evidence about the patient."),
+      element("ul", { className: "maps" }, ...rows.map(({ row }) => row)));
+    for (const { show } of rows) await show();
+    this.why.scrollIntoView({ block: "nearest" });
+    announce("The explanation is laid over the scans.");
+  }
+
+  #mapRow(map, method) {
+    const url = `/api/maps/${encodeURIComponent(map.id)}`;
+    const scan = () => this.open().find(({ facts }) => facts.id === map.scan);
+    const label = scan()?.label ?? map.name ?? "a scan";
+    const status = element("span", { className: "small" });
+    const toggle = button("", async () => {
+      const target = scan();
+      if (target) await target.showMap(target.map === url ? null : { url, unit: map.unit ?? `${UNIT} per voxel` });
+      update();
+    });
+    const update = () => {
+      const target = scan();
+      toggle.disabled = !target;
+      toggle.textContent = target?.map === url ? `Hide on ${label}` : `Show on ${label}`;
+      status.textContent = target ? "" : "open the scan to see it";
+    };
+    const link = element("a", { href: url, download: `why_${method}_${label.replace(/\W+/g, "_")}.nii.gz` }, "Download as NIfTI");
+    const show = async () => {
+      await scan()?.showMap({ url, unit: map.unit ?? `${UNIT} per voxel` });
+      update();
+    };
+    update();
+    return { row: element("li", {}, toggle, " ", link, " ", status), show };
+  }
+}
