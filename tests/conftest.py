@@ -133,10 +133,10 @@ def _check_annotations(request: pytest.FixtureRequest) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def _release_memory() -> Iterator[None]:
-    """Drop the traced and compiled programs once they take much of the memory that the workers share.
+    """Drop the traced and compiled programs once the process holds a quarter of the machine's memory.
 
-    They would stay until the end of the session: 5 GB for each worker. Dropped earlier, runs of the next file would be
-    traced again.
+    They would stay until the end of the session: 5 GB for each of two workers. Dropped earlier, runs of the next file
+    would be traced again.
     """
     yield
     import jax
@@ -145,7 +145,7 @@ def _release_memory() -> Iterator[None]:
 
     with open("/proc/self/statm") as file:
         resident = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    if resident > 3e9:
+    if resident > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 4:
         jax.clear_caches()
         shared_context.cache_clear()
         gc.collect()

@@ -9,6 +9,7 @@ import tarfile
 import tomllib
 import zipfile
 from dataclasses import dataclass
+from importlib.metadata import distribution
 from itertools import chain, pairwise
 from pathlib import Path
 
@@ -131,6 +132,33 @@ def test_lock_covers_all_requirements() -> None:
             for version in versions:
                 assert requirement.specifier.contains(str(version).removeprefix("==")), f"{requirement}: {version}"
     assert all("--hash=sha256:" in after for line, after in pairwise(lines) if line and line[0] not in " #")
+
+
+def installed(requirements: list[str]) -> set[str]:
+    """Return the packages that requirements need here, directly or not."""
+    result, todo, done = set[str](), [Requirement(text) for text in requirements], set[str]()
+    while todo:
+        requirement = todo.pop()
+        if str(requirement) in done:
+            continue
+        done.add(str(requirement))
+        result.add(canonicalize_name(requirement.name))
+        for needed in map(Requirement, distribution(requirement.name).requires or ()):
+            extras = [{"extra": extra} for extra in (*requirement.extras, "")]
+            if needed.marker is None or any(map(needed.marker.evaluate, extras)):
+                todo.append(needed)
+    return result
+
+
+def test_serve_adds_few_and_small_packages() -> None:
+    """The docs of `serve` promise at most 10 packages and 15 MB, compiled files included."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    base, extra = project["dependencies"], project["optional-dependencies"]["serve"]
+    added = installed([*base, *extra]) - installed(base)
+    assert {"starlette", "uvicorn"} <= added
+    assert len(added) <= 10
+    files = [file.locate() for name in added for file in distribution(name).files or ()]
+    assert 0 < sum(Path(str(file)).stat().st_size for file in files if Path(str(file)).is_file()) < 15e6
 
 
 def test_shipped_config_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

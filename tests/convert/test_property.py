@@ -59,7 +59,7 @@ def cases(draw) -> Case:
     tied = draw(st.booleans())
     words = number(1, 40)
     name = st.sampled_from([*sorted(frozenset().union(*ALIASES)), *TRICKY]) | st.from_regex(
-        r"[A-Za-z_][A-Za-z0-9_]{0,9}", fullmatch=True
+        r"[A-Za-z_][A-Za-z0-9_]{0,9}", fullmatch=True, alphabet=st.characters(codec="ascii")
     )
     modalities = {}
     for m in draw(st.lists(name, min_size=1, max_size=3, unique=True)):

@@ -49,14 +49,15 @@ EPOCHS = 8  # of 10 conversations in batches of 2: 40 steps
 
 
 def _configs(folder: Path) -> None:
-    """The YAMLs of configs/ as they are, but for sizes, base, length, and types, which CPUs do slowly."""
+    """The YAMLs of configs/ as they are, but for sizes, base, length, types, which CPUs do slowly, and the schedule:
+    runs of any length share one program if the rate is constant."""
     folder.mkdir()
     for file in (ROOT / "configs").glob("*.yaml"):
         settings = read_config(file)
         for name, modality in settings["model"]["modalities"].items():
             modality |= {key: MODALITIES[name][key] for key in ("size", "patch")}
         settings["model"] |= {"base": "LLAVA_DIR", "compute_dtype": "float32", "frozen_dtype": "auto"}
-        settings["train"] |= {"epochs": EPOCHS, "max_new_tokens": 8}  # "female." takes five
+        settings["train"] |= {"epochs": EPOCHS, "max_new_tokens": 8, "schedule": "constant"}  # "female." takes five
         write_config(folder / file.name, settings)
 
 
@@ -226,6 +227,9 @@ PARSED: dict[str, str] = {
     "umbrella-jax score site-a.jsonl": "tests/scoring/test_metrics.py scores several files",
     "umbrella-jax data build study.yaml": "tests/study/test_build.py builds a study",
     "umbrella-jax data from-table": "tests/study/test_from_table.py has a spreadsheet",
+    "umbrella-jax plan --config t1_0.5b --base LLAVA_DIR --devices v5e-16 --set model.remat=none --batch-size 64": (
+        "tests/plan/test_compile_step.py compiles a step"
+    ),
     "umbrella-jax predict runs/conversations": "tests/study/test_build.py trains on a study and answers its test set",
     "umbrella-jax score test.jsonl": "tests/study/test_build.py scores it by site",
     "umbrella-jax cv": "tests/run/test_cross_validation.py trains two folds",

@@ -69,12 +69,13 @@ def test_merge_and_logits(values):
     ("remat", "layers"),
     [
         ("mlp", "scanned"),
-        pytest.param("none", "scanned", marks=pytest.mark.slow),
-        pytest.param("none", "unrolled", marks=pytest.mark.slow),
+        ("none", "scanned"),
+        ("none", "unrolled"),
     ],
 )
+@pytest.mark.slow
 def test_loss_and_gradients(remat, layers):
-    """Compare two policies; `test_ten_adamw_steps` has `full`, and all have one gradient (test_shapes.py)."""
+    """`test_ten_adamw_steps` has the policy `full`, and all policies have one gradient (test_shapes.py)."""
     config, params = golden_model(remat=remat)
     graphdef, _ = abstract_params(replace(config, layers=layers))
     trainable, frozen = partition(params, label_params(list(params), ["patch_embed"]))

@@ -1,15 +1,18 @@
 """The loss over candidate numbers, and its gradient, against its definition: one whole pass for each candidate."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import product
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from tests.helpers.strict import strict_promotion  # noqa: F401  # for every test here
-from tests.helpers.training_case import QUICK, Case, small_batch, small_case, stack
+from tests.helpers.training_case import QUICK, small_batch, small_case, stack
 from umbrella_jax.batch import Batch, NumberTargets
 from umbrella_jax.config.schema import GroupConfig, NumberLossConfig, TrainConfig
 from umbrella_jax.data.answer_trees import answer_trees
@@ -35,10 +38,10 @@ def batch_with_numbers(seed: int) -> Batch:
     return replace(batch, numbers=targets)
 
 
-def scores_of_whole_passes(case: Case, params: dict[str, jax.Array], batch: Batch) -> jax.Array:
-    """log p of each candidate [B, A], from whole passes over prompt and candidate."""
+def scores_of_whole_passes(graphdef: nnx.GraphDef, params: dict[str, jax.Array], batches: Sequence[Batch]) -> jax.Array:
+    """Return log p of each candidate [batches, B, A], from whole passes over prompt and candidate."""
     wholes, places, tokens = [], [], []
-    for answer in CANDIDATES:
+    for batch, answer in product(batches, CANDIDATES):
         ids, feature_idx = np.array(batch.input_ids), np.array(batch.feature_idx)
         padded = np.pad(np.array(answer), (0, 4 - len(answer)), constant_values=-1)
         for row, start in enumerate(PROMPTS):
@@ -51,23 +54,25 @@ def scores_of_whole_passes(case: Case, params: dict[str, jax.Array], batch: Batc
 
     def score(one: tuple[Batch, jax.Array, jax.Array]) -> jax.Array:
         whole, places, tokens = one
-        log_p = jax.nn.log_softmax(merge(case.graphdef, params)(whole))
+        log_p = jax.nn.log_softmax(merge(graphdef, params)(whole))
         each = log_p[jnp.arange(4)[:, None], places, jnp.maximum(tokens, 0)]
         return jnp.where(tokens < 0, 0, each).sum(1)
 
-    return jax.lax.map(score, (stack(*wholes), np.stack(places), np.stack(tokens))).T
+    scores = jax.lax.map(score, (stack(*wholes), np.stack(places), np.stack(tokens)))
+    return scores.reshape(len(batches), len(CANDIDATES), 4).swapaxes(1, 2)
 
 
 def test_an_update_adds_the_mean_over_numbers_to_the_cross_entropy() -> None:
     """Two micro-batches, as an update accumulates them: both losses and the gradient of their sum."""
     groups = {"patch_embed": GroupConfig(), "language_model": GroupConfig()}
     case, config = small_case(TrainConfig(groups=groups), remat="full"), NumberLossConfig(weight=0.5)
+    plain = small_case(TrainConfig(groups=groups)).graphdef  # without remat, which takes longer to trace
     batches = [batch_with_numbers(seed) for seed in (0, 1)]
 
     def defined(params: dict[str, jax.Array]) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        model = merge(case.graphdef, params | case.frozen)
+        model = merge(plain, params | case.frozen)
         losses, counts = jax.lax.map(partial(loss_sum, model), stack(*(replace(one, numbers=None) for one in batches)))
-        p = [jax.nn.softmax(scores_of_whole_passes(case, params | case.frozen, batch)) for batch in batches]
+        p = jax.nn.softmax(scores_of_whole_passes(plain, params | case.frozen, batches))
         errors = [jnp.where(HAS_NUMBER, (each * ERRORS[None] ** 2).sum(1), 0).sum() for each in p]
         cross_entropy, numbers = losses.sum() / counts.sum().astype(jnp.float32), sum(errors) / 6
         return cross_entropy + config.weight * numbers, (cross_entropy, numbers)

@@ -1,6 +1,7 @@
 """The command `serve`."""
 
 import argparse
+import logging
 from functools import partial
 from typing import Any
 
@@ -31,7 +32,7 @@ def add(commands: Any) -> None:
     text = "what requests must bring; default a random one, and none on 127.0.0.1"
     group.add_argument("--token", metavar="TEXT", help=text)
     group.add_argument(
-        "--max-upload", type=_megabytes, default=512, metavar="MB", help="largest upload in MB; default 512"
+        "--max-upload", type=_megabytes, default=512, metavar="N", help="largest upload in MB; default 512"
     )
     text = "log requests with names and questions, which are participants' data"
     group.add_argument("--log-requests", action="store_true", help=text)
@@ -84,6 +85,9 @@ def _run(arguments: argparse.Namespace) -> int | None:
     with open_scans(modalities, limits, data) as scans:
         access = Access(arguments.host, token)
         app = make_app(scans, access, log_requests=arguments.log_requests)
+        if not arguments.log_requests:  # messages of libraries may quote a name
+            for name in ("asyncio", "umbrella_jax"):
+                logging.getLogger(name).setLevel(logging.CRITICAL + 1)
         Server(app, partial(_announce, url, open_page=arguments.open)).run([socket])
     return None
 

@@ -1,12 +1,14 @@
 """Commands to begin with: `doctor`, `demo`, `config from-original`, `completion`."""
 
 import argparse
+import shlex
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from umbrella_jax.cli.options import DIRECTORIES, FILES, add_command, add_group, add_json, add_out, walk
+from umbrella_jax.errors import ConfigError
 from umbrella_jax.io.files import strict_json
 
 
@@ -34,6 +36,7 @@ def add(commands: Any, parser: argparse.ArgumentParser, main: Callable[[Sequence
         "umbrella-jax demo --out runs/demo",
     )
     add_out(demo, "directory of the run; default runs/demo", default="runs/demo")
+    demo.add_argument("--serve", action="store_true", help="then open a page to ask the model")
 
     config = add_group(commands, "config", "Convert configs.", "umbrella-jax config from-original old.yaml > run.yaml")
     original = add_command(
@@ -64,10 +67,19 @@ def _doctor(arguments: argparse.Namespace) -> int:
     return 1 if diagnosis.problems else 0
 
 
-def _demo(main: Callable[[Sequence[str]], int], arguments: argparse.Namespace) -> None:
+def _demo(main: Callable[[Sequence[str]], int], arguments: argparse.Namespace) -> int:
     from umbrella_jax.demo import run_demo
+    from umbrella_jax.serve import why_unavailable
 
-    run_demo(main, Path(arguments.out))
+    if arguments.serve and (reason := why_unavailable()):
+        raise ConfigError(f"serve: {reason}")
+    out = Path(arguments.out)
+    run_demo(main, out)
+    if not arguments.serve:
+        return 0
+    words = ["serve", str(out / "run"), "--data", str(out / "data" / "eval.json"), "--open"]
+    print(f"\n$ umbrella-jax {shlex.join(words)}", flush=True)
+    return main(words)
 
 
 def _from_original(arguments: argparse.Namespace) -> None:

@@ -19,15 +19,11 @@ from umbrella_jax.serve.responses import ApiError, json_response
 from umbrella_jax.serve.scans import Scans
 
 _PAGE = Path(__file__).parent / "page"
-_PAGE_FILES = ("serve.js", "answers.js", "elements.js", "requests.js", "scans.js", "serve.css")
 _HTML = Path(__file__).parents[1] / "html"
-STATIC = {
-    **{name: _PAGE / name for name in _PAGE_FILES},
-    "viewer.js": _HTML / "viewer.js",
-    "style.css": _HTML / "style.css",
-    "niivue.umd.js": _HTML / "vendor" / "niivue.umd.js",
-}
-"""Files under /static/; no other file is served."""
+_FILES = [*_PAGE.glob("*.js"), *_PAGE.glob("*.css"), *(_HTML / name for name in ("viewer.js", "style.css"))]
+STATIC = {file.name: file for file in (*_FILES, _HTML / "vendor" / "niivue.umd.js")}
+"""{name: file} of the files under /static/; no other file is served."""
+_OCTETS = "application/octet-stream"
 _SWEEP_SECONDS = 30.0
 """Time between two searches for expired uploads."""
 
@@ -60,7 +56,7 @@ def make_app(
 
     async def static(request: Request) -> Response:
         file = STATIC.get(request.path_params["name"])
-        if file is None or not file.is_file():
+        if file is None:
             raise HTTPException(404)
         return FileResponse(file)
 
@@ -79,8 +75,11 @@ def make_app(
         return Response(status_code=204)
 
     async def scan_file(request: Request) -> Response:
-        content = await scans.viewable(request.path_params["id"])
-        return FileResponse(content) if isinstance(content, Path) else _octets(content)
+        id = request.path_params["id"]
+        content = await scans.viewable(id)
+        if isinstance(content, Path):
+            return FileResponse(content, media_type=_OCTETS, filename=scans[id].name.rpartition("/")[2])
+        return _octets(content)
 
     async def seen(request: Request) -> Response:
         window = request.query_params.get("window", "0")
@@ -136,7 +135,7 @@ def make_app(
 
 
 def _octets(content: bytes) -> Response:
-    return Response(content, media_type="application/octet-stream")
+    return Response(content, media_type=_OCTETS)
 
 
 async def _sweep(scans: Scans) -> None:

@@ -27,7 +27,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from umbrella_jax.errors import UmbrellaError, visible
 from umbrella_jax.serve.metrics import ServerMetrics
-from umbrella_jax.serve.responses import ApiError
+from umbrella_jax.serve.responses import ApiError, request_too_large, upload_too_large
 
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
@@ -42,6 +42,9 @@ _HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cache-Control": "no-store",
 }
+_FORWARD = '<!doctype html><title>umbrella-jax</title><meta http-equiv="refresh" content="0;url=/">'
+"""Page that takes a visitor whose address had the token to one without it. A redirect would not do: a browser that came
+from another site, by a link in a mail, would follow it without the cookie."""
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 """Names of this machine that need no token."""
 UPLOADS = "/api/scans"
@@ -143,8 +146,8 @@ def _machine_names() -> set[str]:
 class _Body:
     """The body of a request: limited in bytes and in time."""
 
-    def __init__(self, receive: Receive, limit: int):
-        self._receive, self._limit = receive, limit
+    def __init__(self, receive: Receive, limit: int, too_large: ApiError):
+        self._receive, self._limit, self._too_large = receive, limit, too_large
         self._bytes, self._deadline, self.complete = 0, time.monotonic() + _BODY_SECONDS, False
 
     async def receive(self) -> Message:
@@ -161,7 +164,7 @@ class _Body:
         self.complete = message["type"] == "http.disconnect" or not message.get("more_body", False)
         self._bytes += len(message.get("body", b""))
         if self._bytes > self._limit:
-            raise too_large(self._limit)
+            raise self._too_large
         return message
 
     async def drain(self) -> None:
@@ -173,13 +176,6 @@ class _Body:
                     self.complete = message["type"] == "http.disconnect" or not message.get("more_body", False)
         except TimeoutError:
             pass
-
-
-def too_large(limit: int) -> ApiError:
-    """Return the error for a request of more bytes than the limit."""
-    message = f"the request is larger than {limit / 2**20:.4g} MB, the limit"
-    remedy = "upload each scan to /api/scans, and name its id in the request"
-    return ApiError(413, f"{message}; {remedy}" if limit == JSON_BYTES else message, code="too_large")
 
 
 class Guard:
@@ -218,8 +214,10 @@ class Guard:
         scope.setdefault("state", {})
         began, status, started = time.perf_counter(), 499, False
         is_upload = scope["path"] == UPLOADS and scope["method"] == "POST"
-        limit = self._upload_bytes + _FORM_BYTES if is_upload else JSON_BYTES
-        body = _Body(receive, limit)
+        limit, large = JSON_BYTES, request_too_large(JSON_BYTES)
+        if is_upload:
+            limit, large = self._upload_bytes + _FORM_BYTES, upload_too_large("the file", self._upload_bytes)
+        body = _Body(receive, limit, large)
 
         async def send_with_headers(message: Message) -> None:
             nonlocal status, started
@@ -232,11 +230,14 @@ class Guard:
 
         async def answer(response: Response) -> None:
             if not started:
-                await body.drain()
+                if "expect" not in Headers(scope=scope):  # such a client waits for our consent to send its body
+                    await body.drain()
                 await response(scope, receive, send_with_headers)
 
         try:
-            if response := self._check(scope, limit):
+            if int(Headers(scope=scope).get("content-length", 0)) > limit:
+                raise large
+            if response := self._check(scope):
                 await answer(response)
             else:
                 await self._app(scope, body.receive, send_with_headers)
@@ -258,11 +259,10 @@ class Guard:
                 line = f"{scope['method']} {scope['path']} {status} {seconds:.3f} s" + (f" {note}" if note else "")
                 self._say(visible(line, kept=""))
 
-    def _check(self, scope: Scope, limit: int) -> Response | None:
+    def _check(self, scope: Scope) -> Response | None:
         """Return None for a request that may pass, or an answer that replaces that of the routes.
 
-        Raises ApiError: 421 for a foreign host, 403 for a request that another site caused, 401 without the token, 413
-        for a length beyond the limit.
+        Raises ApiError: 421 for a foreign host, 403 for a request that another site caused, 401 without the token.
         """
         headers = Headers(scope=scope)
         hosts = headers.getlist("host")
@@ -277,13 +277,10 @@ class Guard:
             raise ApiError(403, "Origin: a page of another site asks; only the server's own page may", code="origin")
         if is_visit and self._access.is_token(QueryParams(scope["query_string"]).get("token", "")):
             cookie = f"{self._access.cookie}={self._access.token}; Path=/; HttpOnly; SameSite=Strict"
-            return Response(status_code=303, headers={"Location": "/", "Set-Cookie": cookie})
+            return Response(_FORWARD, headers={"Set-Cookie": cookie}, media_type="text/html")
         if scope["path"] != "/healthz" and not self._access.admits_token(headers):
             remedy = "open the address with ?token= that the server printed, or send Authorization: Bearer TOKEN"
             raise ApiError(401, f"a token is needed; {remedy}", code="token", headers={"WWW-Authenticate": "Bearer"})
-        length = headers.get("content-length", "0")
-        if not length.isdecimal() or int(length[:20]) > limit:
-            raise too_large(limit)
         return None
 
     def _log_error(self, error: Exception) -> None:

@@ -50,3 +50,16 @@ class ApiError(Exception):
     def response(self) -> Response:
         """Return the answer."""
         return json_response(self.to_json(), self.status, self.headers)
+
+
+def request_too_large(limit: int) -> ApiError:
+    """Return the error for a request of more bytes than the limit."""
+    remedy = "upload each scan to /api/scans, and name its id in the request"
+    return ApiError(413, f"the request is larger than {limit / 2**20:.4g} MB, the limit; {remedy}", code="too_large")
+
+
+def upload_too_large(name: str, limit: int) -> ApiError:
+    """Return the error for an upload of more bytes than the limit."""
+    remedy = "start the server with a larger --max-upload, or name the file in --data"
+    message = f"{name}: larger than {limit / 2**20:.4g} MB, the limit of an upload; {remedy}"
+    return ApiError(413, message, code="too_large", param="file")

@@ -35,7 +35,7 @@ from umbrella_jax.data.voxels import Voxels, map_header, open_voxels, readable
 from umbrella_jax.errors import DataError, visible
 from umbrella_jax.html.slices import preprocessed_geometry
 from umbrella_jax.io.files import is_locked, locked, open_private
-from umbrella_jax.serve.responses import ApiError
+from umbrella_jax.serve.responses import ApiError, upload_too_large
 
 T = TypeVar("T")
 
@@ -302,13 +302,7 @@ class Scans:
                         415, f"{label}: expected a NIfTI file (.nii or .nii.gz)", code="not_a_scan", param="file"
                     )
             if self._growing[id] > limits.file_bytes:
-                raise ApiError(
-                    413,
-                    f"{label}: larger than {limits.file_bytes >> 20} MB, the limit of an upload; start the server "
-                    "with a larger --max-upload, or name the file in --data",
-                    code="too_large",
-                    param="file",
-                )
+                raise upload_too_large(label, limits.file_bytes)
             if self.usage()[1] > limits.total_bytes:
                 raise ApiError(
                     507,
@@ -384,7 +378,7 @@ class Scans:
     async def viewable(self, id: str) -> bytes | Path:
         """Return the file of a scan if browsers read its format, or else its content as NIfTI. Raise as `seen`."""
         scan = self[id]
-        if scan.path.name.endswith((".nii", ".nii.gz")):
+        if scan.path.name.endswith((".nii", ".nii.gz")) and scan.path.is_file():
             return scan.path
         try:
             return await self._run(partial(_as_nifti, scan.path))
@@ -478,7 +472,7 @@ def prepared_nifti(path: Path, config: ModalityConfig, window: int) -> bytes:
 def _as_nifti(path: Path) -> bytes:
     """Return a volume or run of any format as a NIfTI file."""
     image = open_voxels(path)
-    voxels = image.read(slice(None))
+    voxels = image.read(0 if len(image.shape) < 4 else slice(None))
     header = map_header(image)
     made = (nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image)(
         voxels.astype(np.float32), None, header

@@ -162,7 +162,7 @@ export class Answer {
   #offer() {
     if (!this.hasScans) return;
     const control = button("Without the scan", () => this.#askBlank(control));
-    const method = element("select", { "aria-label": "Method" }, 
+    const method = element("select", { "aria-label": "Method" },
       ...Object.entries(METHODS).map(([value, { name }]) => element("option", { value }, name)));
     const start = button("Why this answer?", () => this.#explain(method.value, start));
     this.actions.replaceChildren(control, element("span", { className: "row" }, start, element("label", {}, "by ", method)));

@@ -1,0 +1,456 @@
+"""Uploads, the scans of --data, and what an attacker or a broken client may try."""
+
+import asyncio
+import gzip
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.testclient import TestClient
+
+from umbrella_jax.config.schema import ModalityConfig
+from umbrella_jax.data.conversation import read_conversations
+from umbrella_jax.data.volume import load_volume
+from umbrella_jax.errors import ConfigError, DataError
+from umbrella_jax.serve import guard
+from umbrella_jax.serve.app import make_app
+from umbrella_jax.serve.guard import Access
+from umbrella_jax.serve.listen import Server, bind
+from umbrella_jax.serve.scans import FOLDER, Scans, UploadLimits, open_scans, remove_leftovers
+
+MODALITIES = {
+    "T1": ModalityConfig(size=(6, 4, 5), patch=(3, 2, 5)),
+    "rsfMRI": ModalityConfig(size=(4, 3, 5, 4), patch=(2, 3, 5, 2), stride_within_seq=2),
+}
+URL = "http://127.0.0.1:8765"
+
+
+def nifti(shape: tuple[int, ...] = (12, 8, 10), axes: str = "LAS", **header: Any) -> bytes:
+    """A scan whose axes point this way, 2 mm from voxel to voxel, with its origin elsewhere."""
+    voxels = np.random.default_rng(0).normal(100, 20, shape).astype(np.float32)
+    affine = np.diag([-2.0 if axes[0] == "L" else 2.0, 2, 2, 1])
+    affine[:3, 3] = 10, -20, 30
+    image = nib.Nifti1Image(voxels, affine)
+    image.header.set_xyzt_units("mm", "sec")
+    for name, value in header.items():
+        image.header[name] = value
+    return bytes(image.to_bytes())
+
+
+@pytest.fixture
+def opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Scans with their app, in a temporary folder that must be empty in the end."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    @contextmanager
+    def use(
+        limits: UploadLimits | None = None, access: Access | None = None, data: Any = None, **options: Any
+    ) -> Iterator[tuple[TestClient, Scans]]:
+        with open_scans(MODALITIES, limits or UploadLimits(), data) as scans:
+            app = make_app(scans, access or Access("127.0.0.1"), **options)
+            with TestClient(app, base_url=URL) as client:
+                yield client, scans
+        assert not list(tmp_path.glob(f"{FOLDER}*"))
+
+    return use
+
+
+def upload(client: TestClient, content: bytes, name: str = "scan.nii", **options: Any) -> Any:
+    return client.post("/api/scans", files={"file": (name, content)}, **options)
+
+
+def stored(scans: Scans) -> list[str]:
+    return sorted(name for name in os.listdir(scans.folder) if name != ".lock")
+
+
+def error_of(response: Any) -> tuple[int, str, str]:
+    error = response.json()["error"]
+    assert error.keys() == {"message", "type", "param", "code"}
+    return response.status_code, error["code"], error["message"]
+
+
+def test_an_upload_is_described_and_served_as_it_was(opened: Callable[..., Any]) -> None:
+    content = gzip.compress(nifti((12, 8, 10, 9), pixdim=[-1, 2, 2, 2, 2.5, 0, 0, 0]))
+    with opened() as (client, scans):
+        response = upload(client, content, "../../etc/<script>alert(1)</script>.nii.gz")
+        scan = response.json()
+        assert response.status_code == 201
+        assert scan["name"] == "script>.nii.gz"  # the last part of a path, escaped by the page
+        assert (scan["shape"], scan["orientation"], scan["frames"], scan["tr"]) == ([12, 8, 10, 9], "LAS", 9, 2.5)
+        assert (scan["zooms_mm"], scan["modality"], scan["warnings"]) == ([2, 2, 2], None, [])
+        assert scan["guess"]["modality"] == "rsfMRI"
+        assert "9 frames" in scan["guess"]["reason"]
+        assert client.get("/api/scans").json() == [scan]
+        assert oct(scans.folder.stat().st_mode)[-3:] == "700"
+        assert oct(scans.path(scan["id"]).stat().st_mode)[-3:] == "600"
+        assert client.get(f"/api/scans/{scan['id']}/file").content == content
+        assert client.delete(f"/api/scans/{scan['id']}").status_code == 204
+        assert stored(scans) == []
+        assert error_of(client.get(f"/api/scans/{scan['id']}/file"))[:2] == (404, "no_such_scan")
+
+
+def test_the_guess_of_two_modalities_needs_a_word_of_the_header(opened: Callable[..., Any]) -> None:
+    with opened() as (client, scans):
+        scans.modalities = {**MODALITIES, "FA": replace(MODALITIES["T1"], aliases=("dMRI",))}
+        assert upload(client, nifti()).json()["guess"] is None
+        guess = upload(client, nifti(descrip=b"dtifit of dMRI")).json()["guess"]
+        assert guess["modality"] == "FA"
+
+
+@pytest.mark.parametrize("modality", MODALITIES)
+def test_the_volume_that_the_model_sees_is_in_the_space_of_the_scan(opened: Callable[..., Any], modality: str) -> None:
+    """The brightest voxel of both is at the same place, though the scan is stored from right to left."""
+    shape = (12, 8, 10) if modality == "T1" else (12, 8, 10, 9)
+    image = nib.Nifti1Image.from_bytes(nifti(shape))
+    voxels = np.asarray(image.dataobj) + 0
+    voxels[4:6, 4:6, 4:6] = 2000
+    content = bytes(nib.Nifti1Image(voxels, image.affine, image.header).to_bytes())
+    with opened() as (client, scans):
+        id = upload(client, content).json()["id"]
+        answer = client.get(f"/api/scans/{id}/seen?modality={modality}")
+        seen = nib.Nifti1Image.from_bytes(answer.content)
+        assert np.array_equal(np.asarray(seen.dataobj), load_volume(scans.path(id), MODALITIES[modality]))
+        bright = np.argwhere(np.asarray(seen.dataobj) > 0.8 * np.asarray(seen.dataobj).max())[:, :3].mean(axis=0)
+        expected = image.affine @ [4.5, 4.5, 4.5, 1]
+        assert nib.aff2axcodes(seen.affine) == ("R", "A", "S")
+        assert np.allclose(nib.affines.apply_affine(seen.affine, bright), expected[:3], atol=1.01)
+        if modality == "rsfMRI":
+            image.header.set_zooms((2, 2, 2, 1.5))
+            timed = bytes(nib.Nifti1Image(voxels, image.affine, image.header).to_bytes())
+            id = upload(client, timed).json()["id"]
+            seen = nib.Nifti1Image.from_bytes(client.get(f"/api/scans/{id}/seen?modality=fMRI").content)
+            assert seen.header.get_zooms()[3] == 3  # every other frame
+            assert "no window 7" in error_of(client.get(f"/api/scans/{id}/seen?modality=fMRI&window=7"))[2]
+        assert error_of(client.get(f"/api/scans/{id}/seen"))[:2] == (400, "unknown_modality")
+        assert error_of(client.get(f"/api/scans/{id}/seen?modality=CT"))[0] == 400
+
+
+def test_scans_of_the_data_bring_their_modality_and_questions(opened: Callable[..., Any], tmp_path: Path) -> None:
+    folder = tmp_path / "study" / "secret"
+    folder.mkdir(parents=True)
+    for name in ("a.nii", "b.nii"):
+        (folder / name).write_bytes(nifti())
+    np.save(folder / "c.npy", np.ones((3, 4, 5), np.float32))
+
+    def ask(text: str, *files: str) -> dict[str, Any]:
+        parts = [{"type": "image", "modality": "sMRI", "image": f"secret/{file}"} for file in files]
+        user = {"role": "user", "content": [*parts, {"type": "text", "text": text}]}
+        answer = {"role": "assistant", "content": [{"type": "text", "text": "yes"}]}
+        return {"task_id": text, "conversations": [user, answer]}
+
+    records = [ask("Sex?", "a.nii"), ask("Age?", "a.nii"), ask("Same?", "a.nii", "b.nii"), ask("Sex?", "c.npy")]
+    records.append(ask("Sex?", "gone.nii"))
+    (tmp_path / "study" / "data.json").write_text(json.dumps(records))
+    data = read_conversations(tmp_path / "study" / "data.json", MODALITIES)
+    with opened(data=data) as (client, _):
+        a, b, c, gone = client.get("/api/scans").json()
+        assert [scan["name"] for scan in (a, b, c, gone)] == ["a.nii", "b.nii", "c.npy", "gone.nii"]
+        assert (a["modality"], a["task_questions"], b["task_questions"]) == ("T1", ["Sex?", "Age?"], [])
+        assert gone["warnings"][0].startswith("gone.nii: not found")
+        assert nib.Nifti1Image.from_bytes(client.get(f"/api/scans/{c['id']}/file").content).shape == (3, 4, 5)
+        error = error_of(client.get(f"/api/scans/{gone['id']}/seen"))
+        assert error[:2] == (422, "unusable_scan")
+        assert str(tmp_path) not in error[2]
+        assert error_of(client.delete(f"/api/scans/{a['id']}"))[:2] == (403, "not_an_upload")
+
+
+def with_dim(content: bytes, *dim: int) -> bytes:
+    """The scan with other numbers of axes and voxels in its header."""
+    header = nib.Nifti1Header(content[:348])
+    header["dim"][: len(dim)] = dim
+    return bytes(header.binaryblock) + content[348:]
+
+
+ATTACKS: dict[str, tuple[Callable[[], bytes], int, str]] = {
+    "text": (lambda: b"<html>" * 100, 415, "expected a NIfTI file"),
+    "empty": (lambda: b"", 415, "empty"),
+    "half a header": (lambda: nifti()[:200], 415, "cannot be read"),
+    "half a scan": (lambda: nifti()[:1000], 415, "its header promises"),
+    "half a gzip": (lambda: gzip.compress(nifti())[:2000], 415, "cannot be read"),
+    "10^12 voxels": (lambda: with_dim(nifti(), 3, 10000, 10000, 10000), 415, "10000 × 10000 × 10000 voxels"),
+    "10^12 packed voxels": (
+        lambda: gzip.compress(with_dim(nifti(), 3, 10000, 10000, 10000)),
+        415,
+        "10000 × 10000 × 10000 voxels",
+    ),
+    "gzip bomb": (lambda: gzip.compress(nifti() + bytes(9 << 20), 1), 415, "unpacks to more than 8 MB, the limit"),
+    "2 axes": (lambda: nifti((12, 8)), 415, "expected a volume"),
+    "too large": (lambda: nifti((128, 128, 32)), 413, "larger than 2 MB, the limit of an upload"),
+}
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_refuses_what_is_no_scan_and_keeps_nothing_of_it(opened: Callable[..., Any], attack: str) -> None:
+    make, status, message = ATTACKS[attack]
+    with opened(UploadLimits(file_bytes=2 << 20, unpacked_bytes=8 << 20)) as (client, scans):
+        got, _, text = error_of(upload(client, make(), "<b>.nii"))
+        assert (got, message in text, str(scans.folder) in text) == (status, True, False), text
+        assert text.startswith("<b>.nii: ")
+        assert stored(scans) == []
+        assert scans.usage() == (0, 0)
+
+
+def test_refuses_uploads_beyond_number_and_total_and_removes_them_in_time(
+    opened: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = nifti()
+    with opened(UploadLimits(number=3)) as (client, scans):
+        assert [upload(client, content).status_code for _ in range(20)] == [201] * 3 + [507] * 17
+        now = time.monotonic()
+        monkeypatch.setattr(time, "monotonic", lambda: now + 3601)
+        assert client.get("/api/scans").json() == []
+        assert upload(client, content).status_code == 201
+        assert len(stored(scans)) == 1
+    with opened(UploadLimits(total_bytes=2 * len(content) + 1)) as (client, scans):
+        assert [upload(client, content).status_code for _ in range(4)] == [201, 201, 507, 507]
+        assert len(stored(scans)) == 2
+
+
+def test_a_slow_check_ends_and_holds_up_nothing_else(
+    opened: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("umbrella_jax.serve.scans.load_volume", lambda *_: time.sleep(1))
+    with opened(UploadLimits(check_seconds=0.2)) as (client, _):
+        id = upload(client, nifti()).json()["id"]
+        assert error_of(client.get(f"/api/scans/{id}/seen?modality=T1"))[:2] == (504, "too_slow")
+        assert client.get("/healthz").json() == {"status": "ok"}
+
+
+def test_a_scan_inside_a_request_is_removed_after_it(opened: Callable[..., Any]) -> None:
+    with opened() as (_, scans):
+
+        async def use() -> None:
+            async with scans.temporary("inside.nii", nifti()) as scan:
+                assert scans.path(scan.id).is_file()
+                assert scans.listed() == []
+                raise KeyError
+
+        with pytest.raises(KeyError):
+            asyncio.run(use())
+        assert stored(scans) == []
+
+
+MULTIPART = "multipart/form-data; boundary=b"
+PART = b'--b\r\nContent-Disposition: form-data; name="file"; filename="a.nii"\r\n\r\n'
+FORMS = {
+    "no form": (b"x", "text/plain"),
+    "no boundary": (b"x", "multipart/form-data"),
+    "no file": (b"--b\r\nContent-Disposition: form-data; name=file\r\n\r\nx\r\n--b--\r\n", MULTIPART),
+    "other field": (b"--b\r\nContent-Disposition: form-data; name=x; filename=a\r\n\r\nx", MULTIPART),
+    "long header": (b"--b\r\nX: " + b"y" * 99999, MULTIPART),
+    "garbage": (b"\0" * 1000, MULTIPART),
+    "ends early": (PART + nifti(), MULTIPART),
+    "two files": (PART + nifti() + b"\r\n" + PART, MULTIPART),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_refuses_a_malformed_form(opened: Callable[..., Any], form: str) -> None:
+    content, kind = FORMS[form]
+    with opened() as (client, scans):
+        response = client.post("/api/scans", content=content, headers={"content-type": kind})
+        assert error_of(response)[:2] == (400, "malformed_form")
+        assert stored(scans) == []
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/static/../app.py",
+        "/static/..%2fapp.py",
+        "/static/%2e%2e%2f%2e%2e%2fpyproject.toml",
+        "/static//etc/passwd",
+        "/api/scans/..%2f..%2f..%2fetc%2fpasswd/file",
+        "/api/scans/.lock/file",
+        "/api/scans/%00/file",
+    ],
+)
+def test_no_path_leads_to_another_file(opened: Callable[..., Any], path: str) -> None:
+    with opened() as (client, _):
+        assert client.get(path).status_code == 404
+
+
+REFUSED = {
+    "another host": ({"host": "evil.example"}, 421),
+    "a host that resolves here": ({"host": "127.0.0.1.evil.example:8765"}, 421),
+    "a malformed host": ({"host": "127.0.0.1:8765@evil.example"}, 421),
+    "an empty host": ({"host": ""}, 421),
+    "another origin": ({"origin": "http://evil.example"}, 403),
+    "another port": ({"origin": "http://127.0.0.1:3000"}, 403),
+    "no origin": ({"origin": "null"}, 403),
+    "a picture on another site": ({"sec-fetch-site": "cross-site", "sec-fetch-mode": "no-cors"}, 403),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refuses_requests_that_another_site_causes(opened: Callable[..., Any], case: str) -> None:
+    headers, status = REFUSED[case]
+    with opened() as (client, scans):
+        assert error_of(upload(client, nifti(), headers=headers))[0] == status
+        assert error_of(client.get("/api/scans", headers=headers))[0] == status
+        assert stored(scans) == []
+
+
+def test_every_answer_has_the_policy_and_no_cors(opened: Callable[..., Any]) -> None:
+    with opened() as (client, _):
+        own = {"origin": URL, "sec-fetch-site": "same-origin"}
+        for response in (
+            client.get("/api/scans", headers=own),
+            client.get("/nowhere"),
+            client.get("/healthz", headers={"host": "x"}),
+            client.options("/api/scans", headers=own),
+        ):
+            assert "default-src 'none'" in response.headers["content-security-policy"]
+            assert "unsafe-inline" not in response.headers["content-security-policy"]
+            assert response.headers["x-content-type-options"] == "nosniff"
+            assert not [name for name in response.headers if name.startswith("access-control")]
+        assert client.get("/healthz", headers={"host": "[::1]:1"}).status_code == 200
+        assert client.get("/healthz", headers={"host": "LocalHost:99"}).status_code == 200
+
+
+def test_a_token_is_needed_in_a_header_or_by_the_cookie_of_the_first_visit(opened: Callable[..., Any]) -> None:
+    access = Access("0.0.0.0", "t" * 20)
+    with opened(access=access) as (client, scans):
+        for headers in ({}, {"authorization": "Bearer wrong"}, {"cookie": f"{access.cookie}=wrong"}):
+            assert error_of(client.get("/api/scans", headers=headers))[:2] == (401, "token")
+            assert error_of(upload(client, nifti(), headers=headers))[0] == 401
+        assert stored(scans) == []
+        assert client.get("/?token=wrong").status_code == 401
+        assert client.get("/healthz").status_code == 200
+        assert client.get("/api/scans", headers={"authorization": f"Bearer {access.token}"}).json() == []
+        assert client.get("/api/scans", headers={"host": "192.0.2.1:8765", "cookie": f"{access.cookie}={access.token}"})
+        first = client.get(f"/?token={access.token}")
+        assert "HttpOnly; SameSite=Strict" in first.headers["set-cookie"]
+        assert str(access.token) not in first.text
+        assert client.get("/api/scans").json() == []  # the client has kept the cookie
+        assert error_of(client.get("/api/scans", headers={"host": "evil.example"}))[0] == 421
+
+
+async def fails(request: Request) -> Response:
+    await request.body()
+    raise RuntimeError("which sub-01?")
+
+
+async def refuses(request: Request) -> Response:
+    raise DataError(f"{request.app.state.path}: unusable")
+
+
+def test_logs_name_nothing_unless_asked(opened: Callable[..., Any]) -> None:
+    routes = [Route("/v1/fails", fails, methods=["POST"]), Route("/v1/refuses", refuses)]
+    for log_requests in (False, True):
+        lines = list[str]()
+        with opened(routes=routes, say=lines.append, log_requests=log_requests) as (client, scans):
+            scan = upload(client, nifti(), "sub-01.nii").json()
+            client.app.state.path = scans.path(scan["id"])  # type: ignore[attr-defined]
+            assert client.get("/v1/refuses").json()["error"]["message"] == "sub-01.nii: unusable"
+            assert error_of(client.post("/v1/fails", content=b"which sub-01?"))[:2] == (500, "failed")
+            figures = client.get("/metrics").text
+        assert 'umbrella_requests_total{endpoint="upload",method="POST",status="201"} 1.0' in figures
+        assert f"umbrella_upload_bytes {float(len(nifti()))}" in figures
+        assert scan["id"] not in figures
+        text = "\n".join(lines)
+        assert "RuntimeError" in text
+        assert ("sub-01" in text, "POST /api/scans 201" in text) == (log_requests, log_requests)
+
+
+@pytest.fixture
+def listening(opened: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[int, Scans]]:
+    """The port of a server that waits only for a moment, and its scans."""
+    monkeypatch.setattr(guard, "_IDLE_SECONDS", 0.3)
+    monkeypatch.setattr(guard, "_DRAINED_SECONDS", 0.3)
+    monkeypatch.setattr(guard, "JSON_BYTES", 1000)
+    monkeypatch.setattr("umbrella_jax.serve.listen._HEADER_SECONDS", 0.3)
+    with opened(routes=[Route("/v1/fails", fails, methods=["POST"])]) as (_, scans), bind("127.0.0.1", 0) as bound:
+        started = threading.Event()
+        server = Server(make_app(scans, Access("127.0.0.1")), started.set)
+        thread = threading.Thread(target=server.run, args=[[bound]])
+        thread.start()
+        assert started.wait(10)
+        yield bound.getsockname()[1], scans
+        server.should_exit = True
+        thread.join()
+
+
+def until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_a_client_that_goes_away_or_stalls_leaves_nothing(listening: tuple[int, Scans]) -> None:
+    port, scans = listening
+    content = nifti()
+    request = f"POST /api/scans HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Length: {len(content) + 500}\r\n".encode()
+    request += b"Content-Type: multipart/form-data; boundary=b\r\n\r\n" + PART + content[:3000]
+    for goes_away in (True, False):
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            client.sendall(request)
+            until(lambda: len(stored(scans)) == 1)
+            if not goes_away:
+                assert b"HTTP/1.1 408" in client.recv(100)
+        until(lambda: scans.usage() == (0, 0))
+        assert stored(scans) == []
+    with socket.create_connection(("127.0.0.1", port)) as client:  # sends no headers
+        client.sendall(b"GET / HTTP/1.1\r\nHost: ")
+        assert client.recv(100) == b""
+    for body in (b"Content-Length: 2000\r\n\r\n", b"Transfer-Encoding: chunked\r\n\r\n7d0\r\n" + b"x" * 2000 + b"\r\n"):
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            client.sendall(f"POST /v1/fails HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n".encode() + body)
+            assert client.recv(100).startswith(b"HTTP/1.1 4")
+
+
+def test_a_port_in_use_is_named() -> None:
+    with bind("127.0.0.1", 0) as bound:
+        bound.listen()
+        with pytest.raises(ConfigError, match=f"port: {bound.getsockname()[1]} on 127.0.0.1: Address already in use"):
+            bind("127.0.0.1", bound.getsockname()[1])
+
+
+PROGRAM = """
+from umbrella_jax.serve.app import make_app
+from umbrella_jax.serve.guard import Access
+from umbrella_jax.serve.listen import Server, bind, ended_by_signals
+from umbrella_jax.serve.scans import UploadLimits, open_scans
+with ended_by_signals(), open_scans({}, UploadLimits()) as scans:
+    (scans.folder / "upload.nii").touch()
+    Server(make_app(scans, Access("127.0.0.1")), lambda: print(scans.folder, flush=True)).run([bind("127.0.0.1", 0)])
+"""
+
+
+def test_uploads_are_removed_by_signals_and_those_of_a_killed_server_by_the_next(tmp_path: Path) -> None:
+    def start() -> tuple[Any, Path]:
+        environment = {**os.environ, "TMPDIR": str(tmp_path)}
+        process = subprocess.Popen([sys.executable, "-c", PROGRAM], env=environment, stdout=subprocess.PIPE, text=True)
+        assert process.stdout
+        return process, Path(process.stdout.readline().strip())
+
+    started = [start() for _ in range(4)]
+    assert all((folder / "upload.nii").exists() for _, folder in started)
+    for (process, folder), number in zip(started, ("SIGTERM", "SIGHUP", "SIGINT", "SIGKILL"), strict=True):
+        remove_leftovers(tmp_path, age=0)
+        assert folder.exists()  # its process runs
+        process.send_signal(signal.Signals[number])
+        process.communicate(timeout=60)
+        assert folder.exists() == (number == "SIGKILL")
+    remove_leftovers(tmp_path)
+    assert started[-1][1].exists()  # too new: a server may have made it and not locked it yet
+    remove_leftovers(tmp_path, age=0)
+    assert list(tmp_path.iterdir()) == []
