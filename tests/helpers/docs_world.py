@@ -232,6 +232,7 @@ PARSED: dict[str, str] = {
     ),
     "umbrella-jax predict runs/conversations": "tests/study/test_build.py trains on a study and answers its test set",
     "umbrella-jax score test.jsonl": "tests/study/test_build.py scores it by site",
+    "umbrella-jax serve": "runs until it is stopped; tests/serve has its parts",
     "umbrella-jax cv": "tests/run/test_cross_validation.py trains two folds",
     "umbrella-jax push exports/sex my-lab/sex-t1 --message": "needs the hub; tests/checkpoints/test_push.py has one",
     "umbrella-jax train --config umbrella_llava_train.yaml": "tests/run/test_typed.py trains with both kinds of YAML",
@@ -527,6 +528,7 @@ PICTURES: dict[str, tuple[str, ...]] = {
     "docs/conversion.md": ("HF directory ──convert from-hf──► native checkpoint",),
     "docs/evidence.md": ("95 % interval  model −",),
     "docs/install.md": ("loss 9.1216; 16 answers", "built, and doctor passes"),
+    "docs/serve.md": ("http://127.0.0.1:8765/",),
     "docs/runs.md": (
         "step 1,200 of 30,000",
         "step 240  evaluation",
