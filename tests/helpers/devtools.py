@@ -17,6 +17,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -66,19 +67,17 @@ class Browser:
         self._tabs: dict[str, Tab] = {}
         self._last_id = 0
         self._replies: dict[int, Reply] = {}
-        self._folder = tempfile.TemporaryDirectory(prefix="chromium", ignore_cleanup_errors=True)
-        self._log = Path(self._folder.name) / "stderr"
-        words = [program, *_FLAGS, f"--user-data-dir={self._folder.name}/profile", *flags, "about:blank"]
-        with self._log.open("wb") as log:
-            self._process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=log, start_new_session=True)
-        try:
+        with ExitStack() as stack:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="chromium", ignore_cleanup_errors=True))
+            self._log = Path(folder) / "stderr"
+            words = [program, *_FLAGS, f"--user-data-dir={folder}/profile", *flags, "about:blank"]
+            with self._log.open("wb") as log:
+                self._process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=log, start_new_session=True)
+            stack.callback(self._end)
             address = re.search(r"DevTools listening on (ws://\S+)", self._read_log())
-            self._socket = connect(
-                address[1] if address else "", max_size=None, ping_interval=None, proxy=None, open_timeout=timeout
-            )
-        except BaseException:
-            self._end()
-            raise
+            options: dict[str, Any] = {"max_size": None, "ping_interval": None, "proxy": None, "open_timeout": timeout}
+            self._socket = stack.enter_context(connect(address[1] if address else "", **options))
+            self._stack = stack.pop_all()
 
     def __enter__(self) -> Self:
         return self
@@ -102,8 +101,7 @@ class Browser:
 
     def close(self) -> None:
         """End the process and remove its profile."""
-        self._socket.close()
-        self._end()
+        self._stack.close()
 
     def call(self, method: str, session: str | None = None, **params: Any) -> Reply:
         """Call a method of the protocol, and return its result."""
@@ -144,7 +142,6 @@ class Browser:
         if self._process.poll() is None:
             os.killpg(self._process.pid, signal.SIGKILL)  # its children too
         self._process.wait()
-        self._folder.cleanup()
 
 
 class Tab:
