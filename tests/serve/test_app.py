@@ -308,6 +308,21 @@ def test_refuses_requests_that_another_site_causes(opened: Callable[..., Any], c
         assert stored(scans) == []
 
 
+@pytest.mark.parametrize(
+    ("host", "own", "foreign"),
+    [
+        ("127.0.0.1", ["127.0.0.1", "localhost:80", "[::1]:8765"], ["192.0.2.1", socket.gethostname()]),
+        ("::1", ["[::1]", "LOCALHOST."], ["[::2]", "::1", "[::1", "[::1]x", "127.0.0.1:x"]),
+        ("192.0.2.1", ["192.0.2.1:1", "192.0.2.2", "localhost", socket.gethostname()], ["evil.example"]),
+        ("node.example", ["node.example:8765", "192.0.2.2"], ["evil.example", "node.example.evil.example"]),
+    ],
+)
+def test_an_address_makes_no_other_name_its_own(host: str, own: list[str], foreign: list[str]) -> None:
+    access = Access(host)
+    assert [name for name in own if not access.admits_host(name)] == []
+    assert [name for name in foreign if access.admits_host(name)] == []
+
+
 def test_every_answer_has_the_policy_and_no_cors(opened: Callable[..., Any]) -> None:
     with opened() as (client, _):
         own = {"origin": URL, "sec-fetch-site": "same-origin"}

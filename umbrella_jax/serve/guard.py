@@ -82,15 +82,15 @@ class Access:
     def admits_host(self, header: str) -> bool:
         """Return whether a request's `Host` is one of this server.
 
-        A server that listens on all addresses takes any address, which no other site can have as its name, and the
-        names of this machine.
+        A server that other machines reach takes any address, which no other site can have as its name, and the name
+        of this machine.
         """
         name = host_of(header)
         if name is None:
             return False
         if name in LOOPBACK or name == self.host.lower():
             return True
-        return self.host in ("0.0.0.0", "::", "") and (_is_address(name) or name in _machine_names())
+        return not self.is_loopback and (_is_address(name) or name == socket.gethostname().lower())
 
     def admits_token(self, headers: Headers) -> bool:
         """Return whether a request brings the token, as `Authorization: Bearer` or in the cookie."""
@@ -137,10 +137,6 @@ def _is_address(name: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _machine_names() -> set[str]:
-    return {socket.gethostname().lower(), socket.getfqdn().lower()}
 
 
 class _Body:

@@ -9,6 +9,7 @@ Every limit (`UploadLimits`) applies before memory or disk is taken, on top of t
 """
 
 import asyncio
+import math
 import os
 import re
 import secrets
@@ -139,10 +140,9 @@ def read_header(path: Path) -> ScanHeader:
     """
     image = open_voxels(path)
     shape = image.shape
-    volume = int(np.prod([int(n) for n in shape[:3]], dtype=object))
     if len(shape) < 3 or 0 in shape or any(n != 1 for n in shape[4:]):
         raise DataError(f"{path}: shape {shape}; expected a volume (3 axes) or a run (4 axes)")
-    if max(shape[:3]) > MAX_AXIS or volume > MAX_VOXELS:
+    if max(shape[:3]) > MAX_AXIS or math.prod(map(int, shape[:3])) > MAX_VOXELS:
         raise DataError(f"{path}: shape {shape}; expected at most {MAX_AXIS} voxels along an axis, {MAX_VOXELS} in all")
     frames = int(shape[3]) if len(shape) > 3 else 1
     warnings = [f"no orientation: {image.why_no_affine}"] if image.affine is None else []
@@ -381,7 +381,7 @@ class Scans:
         if scan.path.name.endswith((".nii", ".nii.gz")) and scan.path.is_file():
             return scan.path
         try:
-            return await self._run(partial(_as_nifti, scan.path))
+            return await self._run(partial(_as_nifti, scan.path, self.limits.unpacked_bytes))
         except DataError as error:
             raise ApiError(422, self.public("; ".join(error.faults)), code="unusable_scan") from None
 
@@ -469,9 +469,14 @@ def prepared_nifti(path: Path, config: ModalityConfig, window: int) -> bytes:
     return bytes(prepared.to_bytes())
 
 
-def _as_nifti(path: Path) -> bytes:
-    """Return a volume or run of any format as a NIfTI file."""
+def _as_nifti(path: Path, limit: int) -> bytes:
+    """Return a volume or run of any format as a NIfTI file of float32.
+
+    Raises DataError if it has more bytes than the limit.
+    """
     image = open_voxels(path)
+    if 4 * math.prod(image.shape) > limit:
+        raise DataError(f"{path}: shape {image.shape}; expected at most {limit >> 22} M voxels to look at")
     voxels = image.read(0 if len(image.shape) < 4 else slice(None))
     header = map_header(image)
     made = (nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image)(
