@@ -27,6 +27,8 @@ LOCK_FILE = "study.lock.json"
 MAX_FAULTS = 10_000
 """Number of faults after which reading stops: in a file that holds something else, every value may be a fault."""
 T = TypeVar("T")
+_KNOWN_MESSAGES = 10_000
+"""Number of messages of a single text that the parser recognises; files with more have few that are equal."""
 _SUFFIXES = (".json", ".jsonl")
 _EACH = "expected a conversation, an object, in each line"
 _LIST = "expected a conversation, an object, or a list of them"
@@ -526,6 +528,8 @@ class _Interned:
         self.subject: Callable[[str], str | None] = cache(lambda path: _subject_in(path.split("/")))
         self.images: dict[tuple[Any, ...], Image] = {}
         """{values that name a path and a modality: the image}, without faulty ones."""
+        self.messages: dict[tuple[str, str], Message] = {}
+        """{role and text: the message with this text as its only part}, without faulty ones."""
 
 
 class _Parser:
@@ -608,7 +612,9 @@ class _Parser:
         if role not in ROLES:
             self.add_fault(self.place_in(number), f"role: expected one of {', '.join(ROLES)}, got {quoted(role)}")
         content = turn.get("content")
-        inline = isinstance(content, str)
+        if earlier := self.known_message(role, content):
+            return earlier
+        inline, faults = isinstance(content, str), len(self.faults)
         if isinstance(content, str):  # its markers are its images, listed in `images`
             content = [{"type": "image"}] * content.count(IMAGE_MARKER) + [{"type": "text", "text": content}]
         if not isinstance(content, list):
@@ -619,7 +625,21 @@ class _Parser:
         if role == "assistant" and any(isinstance(part, Image) for part in parts):
             place = self.place_in(number)
             self.add_fault(place, "an image in an assistant turn; expected text, images belong to the user's turns")
-        return Message(str(role), self.images_at_markers(parts, number), inline)
+        message = Message(str(role), self.images_at_markers(parts, number), inline)
+        known = self.interned.messages
+        is_text = len(parts) == 1 and isinstance(parts[0], str) and message.parts == (parts[0],) and not inline
+        if is_text and len(self.faults) == faults and len(known) < _KNOWN_MESSAGES:
+            known[message.role, message.text] = message
+        return message
+
+    def known_message(self, role: Any, content: Any) -> Message | None:
+        """Return the message of an earlier turn that had the same role and the same text, as answers often are."""
+        if not isinstance(content, list) or len(content) != 1 or not isinstance(content[0], dict):
+            return None
+        text = content[0].get("text")
+        if not isinstance(role, str) or not isinstance(text, str) or content[0].get("type") != "text":
+            return None
+        return self.interned.messages.get((role, text))
 
     def parse_part(self, part: Any, turn: int, number: int) -> str | Image:
         """Return a part of a turn: its text or its image."""

@@ -15,6 +15,7 @@ IMAGE_MARKER = "<image>"
 _ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 _TURNS = ("conversations", "conversation", "messages")
 _IMAGES = ("images", "brain_scans", "modality_paths", "image")
+_OLD = {*_TURNS[1:], *_IMAGES[1:]}
 _READ = (
     "expected turns in one of `conversations`, `conversation` and `messages`, all {role, content} or all {from, "
     "value}, and images in one of `images`, `brain_scans`, `modality_paths` and `image`, or in the turns only"
@@ -37,6 +38,8 @@ def to_current(record: dict[str, Any], source: str) -> tuple[dict[str, Any], lis
     Returns:
         The record, and faults of its schema without the name of the record.
     """
+    if _is_current(record):
+        return record, []
     record = dict(record)
     faults: list[str] = []
     if record.get("task_id") is None:
@@ -65,6 +68,21 @@ def to_current(record: dict[str, Any], source: str) -> tuple[dict[str, Any], lis
         turns = _convert_turns(turns, record.get("images"), faults)
         record["conversations"] = [_with_paths(turn, i, faults) for i, turn in enumerate(turns)]
     return record, faults
+
+
+def _is_current(record: dict[str, Any]) -> bool:
+    """Return whether nothing has to be converted, as in almost all of a million records."""
+    turns = record.get("conversations")
+    if record.get("task_id") is None or not record.keys().isdisjoint(_OLD) or not isinstance(turns, list):
+        return False
+    for turn in turns:
+        if not isinstance(turn, dict) or "from" in turn or "value" in turn:
+            return False
+        content = turn.get("content")
+        if isinstance(content, list) and any(map(_lacks_path, content)):
+            return False
+    images = record.get("images")
+    return not (isinstance(images, list) and any(isinstance(image, str) for image in images))
 
 
 def _with_paths(turn: Any, number: int, faults: list[str]) -> Any:
