@@ -34,6 +34,10 @@ def add(commands: Any) -> None:
     group.add_argument(
         "--max-upload", type=_megabytes, default=512, metavar="N", help="largest upload in MB; default 512"
     )
+    text = "longest answer, in tokens, that a request may ask for; default 256"
+    group.add_argument("--max-new-tokens", type=_positive, default=256, metavar="N", help=text)
+    text = "questions that are answered together; default 8"
+    group.add_argument("--batch-size", type=_positive, default=8, metavar="N", help=text)
     text = "log requests with names and questions, which are participants' data"
     group.add_argument("--log-requests", action="store_true", help=text)
     group.add_argument("--open", action="store_true", help="open the page in the browser")
@@ -51,6 +55,12 @@ def _megabytes(text: str) -> int:
     return int(text)
 
 
+def _positive(text: str) -> int:
+    if not text.isdecimal() or not 0 < int(text) <= 1 << 16:
+        raise argparse.ArgumentTypeError(f"expected 1 to {1 << 16}, got {text}")
+    return int(text)
+
+
 def _serve(arguments: argparse.Namespace) -> int | None:
     from umbrella_jax.serve.listen import ended_by_signals
 
@@ -61,11 +71,18 @@ def _serve(arguments: argparse.Namespace) -> int | None:
 def _run(arguments: argparse.Namespace) -> int | None:
     import secrets
 
+    from umbrella_jax.checkpoints.load import load_opened
     from umbrella_jax.config.schema import DataConfig
     from umbrella_jax.data.conversation import read_with_config
+    from umbrella_jax.inference.processor import Processor
+    from umbrella_jax.run.record import read_training_records
     from umbrella_jax.serve.app import make_app
+    from umbrella_jax.serve.description import describe_model
+    from umbrella_jax.serve.engine import Engine
     from umbrella_jax.serve.guard import Access, check_token, is_loopback
     from umbrella_jax.serve.listen import Server, bind
+    from umbrella_jax.serve.metrics import ServerMetrics
+    from umbrella_jax.serve.openai_api import model_routes
     from umbrella_jax.serve.scans import UploadLimits, open_scans
 
     token = arguments.token or (None if is_loopback(arguments.host) else secrets.token_urlsafe(24))
@@ -82,9 +99,20 @@ def _run(arguments: argparse.Namespace) -> int | None:
     limits = UploadLimits(file_bytes=size, total_bytes=max(UploadLimits.total_bytes, 4 * size))
     host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
     url = f"http://{host}:{socket.getsockname()[1]}/" + (f"?token={token}" if token else "")
-    with open_scans(modalities, limits, data) as scans:
-        access = Access(arguments.host, token)
-        app = make_app(scans, access, log_requests=arguments.log_requests)
+    description = describe_model(checkpoint, read_training_records(checkpoint))
+    engine = Engine(
+        load_opened(checkpoint),
+        Processor.from_checkpoint(checkpoint),
+        lanes=arguments.batch_size,
+        max_new_tokens=arguments.max_new_tokens,
+    )
+    print("compiling for the shapes of its tasks", flush=True)
+    with open_scans(modalities, limits, data) as scans, engine.running(description.warm_up()):
+        metrics = ServerMetrics()
+        metrics.watch("umbrella_questions_waiting", "Questions that wait", lambda: engine.waiting)
+        metrics.watch("umbrella_questions_answered", "Questions that are being answered", lambda: engine.answering)
+        access, routes = Access(arguments.host, token), model_routes(engine, scans, description)
+        app = make_app(scans, access, routes=routes, metrics=metrics, log_requests=arguments.log_requests)
         if not arguments.log_requests:  # messages of libraries may quote a name
             for name in ("asyncio", "umbrella_jax"):
                 logging.getLogger(name).setLevel(logging.CRITICAL + 1)

@@ -82,12 +82,16 @@ class Explanation:
         for number, image in enumerate(self.scans):
             stem = image.path.name.split(".")[0]
             paths.append(folder / f"{number}_{stem}_attribution.nii.gz")
-            header = map_header(open_voxels(image.path))
-            kind = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
-            made = kind(self.in_scan(processor, image), None, header)
-            made.set_data_dtype(np.float32)
-            nib.save(made, paths[-1])
+            nib.save(self.overlay(processor, image), paths[-1])
         return paths
+
+    def overlay(self, processor: Processor, image: Image) -> nib.Nifti1Image:
+        """Return the map of one of `scans` with the geometry of its file, as `write` writes it."""
+        header = map_header(open_voxels(image.path))
+        kind = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
+        made = kind(self.in_scan(processor, image), None, header)
+        made.set_data_dtype(np.float32)
+        return made
 
 
 def explain(

@@ -8,12 +8,11 @@ so a second question about a scan neither reads nor encodes it again. Explanatio
 
 import asyncio
 import itertools
-import logging
 import threading
 from collections import OrderedDict, deque
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import blake2b
@@ -43,7 +42,6 @@ from umbrella_jax.models import Llava, split
 from umbrella_jax.scoring.number_grid import NumberGrid
 from umbrella_jax.scoring.numeric import NumberDistributions
 
-_log = logging.getLogger(__name__)
 _SHORTEST = 64
 """Shortest length to which prompts are padded."""
 _KEPT_BYTES = 1 << 29
@@ -184,12 +182,19 @@ class Engine:
         """Compile the programs for questions like these, and begin to answer.
 
         Args:
-            questions: their scans need not exist and are not read.
-
-        Raises DataError or ConfigError if one of them cannot be asked.
+            questions: their scans need not exist and are not read. One that cannot be asked is left out.
         """
         self._warm_up(questions)
         self._thread.start()
+
+    @contextmanager
+    def running(self, questions: Sequence[Question] = ()) -> Iterator[None]:
+        """Start with these questions, and close at the end of the block."""
+        self.start(questions)
+        try:
+            yield
+        finally:
+            self.close()
 
     def close(self) -> None:
         """Stop answering; questions that are under way get an error."""
@@ -201,7 +206,7 @@ class Engine:
         self._readers.shutdown(cancel_futures=True)
         self._explainer.shutdown(cancel_futures=True)
 
-    async def ask(self, question: Question) -> AsyncIterator[Text | CompleteAnswer]:
+    async def ask(self, question: Question) -> AsyncGenerator[Text | CompleteAnswer]:
         """Yield the answer piece by piece, and at the end as a whole.
 
         A caller that stops iterating, or is cancelled, ends the work on its question.
@@ -237,7 +242,7 @@ class Engine:
 
     async def explain(
         self, question: Question, answer: str | None = None, method: Method = "integrated"
-    ) -> AsyncIterator[ExplainProgress | Explanation]:
+    ) -> AsyncGenerator[ExplainProgress | Explanation]:
         """Yield the progress of an explanation, and at the end the explanation.
 
         Args:
@@ -332,7 +337,6 @@ class Engine:
                 try:
                     self._advance()
                 except Exception as error:
-                    _log.exception("generation failed")
                     for failed in filter(None, self._busy):
                         failed.send(error)
                     self._busy = [None] * len(self._busy)
@@ -355,8 +359,6 @@ class Engine:
                 state = self._read_prompt(job, slots)
                 token = self._first_token(job, state)
             except Exception as error:
-                if not isinstance(error, UmbrellaError):
-                    _log.exception("a prompt could not be read")
                 job.send(error)
                 continue
             if complete := self._append(job, token):
@@ -455,14 +457,17 @@ class Engine:
         states: dict[int, Decoding] = {}
         drawing = replace(GREEDY, temperature=1.0)
         for question in questions:
-            arguments = self.processor.tokenizer, self.processor.modalities, self.processor.max_length
-            prompt = encode_prompt(question.conversation, *arguments, template=self.processor.template)
+            try:
+                prompt, trees = self._volumes.encode(question.conversation), self._trees(question)
+                self._features.check(dict.fromkeys(prompt.images))
+            except UmbrellaError:
+                continue
             shown = {
                 image: (None, np.zeros(self.config.modalities[image.modality].size, np.float32))
                 for image in prompt.images
             }
             for own in (question, replace(question, sampling=drawing)):
-                job = _Job(own, prompt, shown, self._trees(own), _ignore)
+                job = _Job(own, prompt, shown, trees, _ignore)
                 slots = _round_length(len(prompt))
                 states[slots] = self._read_prompt(job, slots)
                 first_token(self._params, states[slots].hidden, self._draws([job]), **common)
@@ -492,7 +497,7 @@ class _VolumeStore:
         sources = Sources()
         with one_blas_thread():
             windows = {i: sources.check(i.path, processor.modalities[i.modality]) for i in conversation.images}
-        prompt = self._encode(conversation)
+        prompt = self.encode(conversation)
         dataset = Dataset((conversation,), (), (prompt,), windows, processor.modalities, sources)
         if question.control is None:
             return dataset
@@ -502,7 +507,7 @@ class _VolumeStore:
     def read(self, question: Question) -> tuple[Encoded, dict[Image, tuple[Any, np.ndarray]]]:
         """Return the prompt of a question, and {distinct image: (key, volume)}. Equal volumes have equal keys."""
         if question.control is None:
-            prompt = self._encode(question.conversation)
+            prompt = self.encode(question.conversation)
             keys = {image: self._key(image) for image in prompt.images}
             with self._lock:
                 known = {i: (key, self._kept[key]) for i, key in keys.items() if key in self._kept}
@@ -522,7 +527,8 @@ class _VolumeStore:
             volumes[image] = key, volume
         return prompt, volumes
 
-    def _encode(self, conversation: Conversation) -> Encoded:
+    def encode(self, conversation: Conversation) -> Encoded:
+        """Return the prompt of a conversation; opens no file."""
         processor = self._processor
         arguments = processor.tokenizer, processor.modalities, processor.max_length
         return encode_prompt(conversation, *arguments, template=processor.template)
@@ -552,7 +558,11 @@ class _Features:
     def __init__(self, model: Llava, slots: int):
         config = model.config
         width, dtype = config.text.hidden_size, jnp.dtype(config.compute_dtype)
-        self.arrays = {n: jnp.zeros((slots, m.num_patches, width), dtype) for n, m in config.modalities.items()}
+        device = next(iter(split(model)[1].values())).sharding  # arrays without one would be compiled for once more
+        self.arrays = {
+            name: jax.device_put(jnp.zeros((slots, modality.num_patches, width), dtype), device)
+            for name, modality in config.modalities.items()
+        }
         """{modality: [slots, patches, width]}, for `prefill`."""
         self._slots = slots
         self._kept: dict[str, OrderedDict[Any, int]] = {name: OrderedDict() for name in self.arrays}

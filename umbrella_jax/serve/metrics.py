@@ -1,5 +1,7 @@
 """Figures about the server for Prometheus. Their labels come from our code, never from a request."""
 
+from collections.abc import Callable
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 _METHODS = ("GET", "HEAD", "POST", "DELETE")
@@ -27,6 +29,10 @@ class ServerMetrics:
         )
         self._uploads = Gauge("umbrella_uploads", "Uploads that are stored or under way", registry=self.registry)
         self._upload_bytes = Gauge("umbrella_upload_bytes", "Bytes of these uploads", registry=self.registry)
+
+    def watch(self, name: str, text: str, value: Callable[[], float]) -> None:
+        """Add a figure that is `value()` whenever it is read."""
+        Gauge(name, text, registry=self.registry).set_function(value)
 
     def count(self, endpoint: str, method: str, status: int, seconds: float) -> None:
         """Count a request; `status` is 499 if the client went away before the answer."""
