@@ -168,11 +168,9 @@ class Panel {
     this.reset();
   }
 
-  // Show a frame of a 4D volume, counted from 0.
+  // Show a frame of a 4D volume and of the map over it, counted from 0.
   setFrame(frame) {
-    const volume = this.nv.volumes[0];
-    const last = (volume.nFrame4D ?? 1) - 1;
-    this.nv.setFrame4D(volume.id, Math.min(Math.max(frame, 0), last));
+    for (const { id, nFrame4D: count = 1 } of this.nv.volumes) this.nv.setFrame4D(id, Math.min(Math.max(frame, 0), count - 1));
     this.#tell();
   }
 

@@ -1,0 +1,177 @@
+"""The page of `serve` in Chromium: drop scans, ask, read the answer as it comes, lay over why, and see errors."""
+
+import gzip
+from collections.abc import Iterator
+from pathlib import Path
+from shutil import copy
+
+import nibabel as nib
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.helpers.devtools import Browser, Tab
+from tests.helpers.served import Served
+
+NAME = "<img src=x onerror=alert(1)>.nii.gz"
+"""Of an upload: must never become an element."""
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with Browser() as own:
+        yield own
+
+
+@pytest.fixture
+def tab(browser: Browser, served: Served) -> Iterator[Tab]:
+    with browser.open(served.url) as own:
+        own.wait("document.querySelector('#facts dd')")
+        yield own
+    for scan in served.scans.listed():
+        served.scans.remove(scan.id)
+
+
+def drop(tab: Tab, *files: Path) -> None:
+    """Drop files, and wait until each is in a panel."""
+    count = tab.evaluate("document.querySelectorAll('.scan').length") + len(files)
+    tab.drop_files("#drop", *files)
+    tab.wait(f"[...document.querySelectorAll('.panel-readout')].filter((e) => e.textContent).length === {count}")
+
+
+def ask(tab: Tab, question: str) -> None:
+    """Ask, and wait for the whole answer."""
+    count = tab.evaluate("document.querySelectorAll('.turn').length") + 1
+    tab.type("#question", question)
+    tab.click("#send")
+    tab.wait(f"document.querySelectorAll('.turn .actions:not([hidden])').length === {count}")
+
+
+def pixels(tab: Tab, stage: int, out: Path) -> np.ndarray:
+    """Return what a panel shows, int [height, width, 3]."""
+    box = tab.evaluate(
+        f"""((e) => {{ e.scrollIntoView({{block: "center", behavior: "instant"}});
+          const {{x, y, width, height}} = e.getBoundingClientRect(); return [x, y, x + width, y + height]; }})
+        (document.querySelectorAll(".panel-stage")[{stage}])"""
+    )
+    return np.asarray(Image.open(tab.screenshot(out)).convert("RGB").crop(box), int)
+
+
+def test_scans_are_asked_about_and_the_answer_is_laid_over_them(tab: Tab, served: Served, tmp_path: Path) -> None:
+    run = served.scan.with_name("run-0.nii")
+    drop(tab, copy(served.scan, tmp_path / NAME), run)
+    assert tab.text(".scan .name") == NAME
+    assert tab.evaluate("document.querySelectorAll('main img').length") == 0
+
+    # the guess is shown, and is never taken without a yes
+    tab.type("#question", "Which sex?")
+    tab.click("#send")
+    assert "Choose the modality" in tab.text(".modality .alert")
+    assert "only modality" in tab.text(".guess")
+    tab.click(".guess button")
+    tab.click(".scan:nth-of-type(2) .guess button")
+    tab.click(".check:nth-of-type(2) input")  # the run is left out
+
+    # the answer appears in pieces, with the likelihoods of answers to compare
+    tab.evaluate("document.querySelector('.ask details').open = true")
+    tab.type("#longest", "6")
+    tab.type("#answers", "left.\nright.")
+    tab.evaluate(
+        """new MutationObserver((records) => (window.pieces ??= []).push(...records.map((r) => r.oldValue)))
+        .observe(document.querySelector('#turns'), {subtree: true, characterData: true, characterDataOldValue: true})"""
+    )
+    ask(tab, "Which sex?")
+    whole = served.ask(extra_body={"umbrella": {"answers": ["left.", "right."]}})
+    assert tab.text(".answer-text").startswith(whole.choices[0].message.content)
+    assert len(tab.evaluate("[...new Set(window.pieces)]")) > 1
+    rows = "[...document.querySelectorAll('.likelihoods tbody tr')]"
+    widths = dict(
+        tab.evaluate(f"{rows}.map((row) => [row.cells[0].textContent, row.querySelector('.bar').style.width])")
+    )
+    shares = {answer: float(width.removesuffix("%")) / 100 for answer, width in widths.items()}
+    assert shares == pytest.approx(
+        {own["answer"]: own["probability"] for own in whole.umbrella["likelihoods"]}, abs=1e-4
+    )
+
+    # the answer without the scan, beside it
+    tab.click(".actions button")
+    tab.wait("document.querySelector('.likelihoods thead tr').cells.length === 4")
+    blank = served.ask(extra_body={"umbrella": {"control": "blank"}})
+    assert tab.text(".without-box .answer-text").startswith(blank.choices[0].message.content)
+
+    # why, over the scan, and as a file in its space
+    plain = pixels(tab, 0, tmp_path / "plain.png")
+    tab.click(".actions .row button")
+    tab.wait("document.querySelector('.maps li')")
+    tab.wait("document.querySelector('.panel-bar:not([hidden])')")
+    laid_over = pixels(tab, 0, tmp_path / "laid_over.png")
+    coloured = [np.ptp(own, axis=2)[20:-20, 20:-20].max() for own in (plain, laid_over)]
+    assert coloured[1] > coloured[0] + 20
+    path = tab.evaluate("new URL(document.querySelector('.maps a').href).pathname")
+    made, scan = nib.Nifti1Image.from_bytes(gzip.decompress(served.fetch(path))), nib.load(served.scan)
+    assert made.shape == scan.shape
+    np.testing.assert_array_equal(made.affine, scan.affine)
+
+    # what the model sees, in its own number of voxels
+    tab.click(".views button:nth-child(2)")
+    tab.wait("document.querySelector('.panel .slider output').textContent.endsWith(' of 6')")
+    assert tab.evaluate("document.querySelector('.panel-bar').hidden")
+
+    # frames of the run, by the slider and by keyboard
+    before, readout = (
+        pixels(tab, 1, tmp_path / "frame.png"),
+        "document.querySelectorAll('.panel-readout')[1].textContent",
+    )
+    first = tab.evaluate(readout)
+    tab.choose('.panel input[aria-label="frame"]', "2")
+    assert tab.evaluate(readout) != first
+    assert (pixels(tab, 1, tmp_path / "frame.png") != before).any()
+    tab.evaluate("document.querySelectorAll('.panel canvas')[1].focus()")
+    tab.press("]")
+    assert tab.evaluate("document.querySelector('.panel input[aria-label=frame]').value") == "3"
+    tab.press("PageDown")
+    coronal = "document.querySelectorAll('.panel')[1].querySelectorAll('.slider output')[1].textContent"
+    assert tab.evaluate(coronal) == "2 of 4"
+
+    # a second turn, to which the run belongs
+    tab.click(".check input")
+    ask(tab, "And this one?")
+    assert "Scan 2" in tab.text(".turn:nth-child(2) .question")
+    assert "Scan 1, Scan 2" in tab.text("#shown")
+
+    for width, scheme in ((1280, "light"), (1280, "dark"), (400, "dark"), (400, "light")):
+        tab.resize(width, 900)
+        tab.prefer(scheme)
+        tab.screenshot(tmp_path / f"{width}-{scheme}.png", whole=True)
+        assert tab.evaluate("document.documentElement.scrollWidth") <= width
+    assert tab.accessibility() == []
+    tab.resize(1280, 900)
+    tab.prefer("dark")
+    assert tab.accessibility() == []
+    assert tab.errors == []
+    assert tab.outside == []
+    assert {url.removeprefix(served.url).split("?")[0] for url in tab.requests} >= {
+        "/",
+        "/static/serve.js",
+        "/v1/explain",
+    }
+
+
+def test_errors_appear_where_they_happen_with_the_remedy(tab: Tab, served: Served, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("no scan")
+    tab.drop_files("#drop", tmp_path / "notes.txt")
+    tab.wait("document.querySelector('#upload-errors .alert')")
+    assert "notes.txt: " in tab.text("#upload-errors")
+    assert "Choose a NIfTI file" in tab.text("#upload-errors")
+
+    drop(tab, served.scan)
+    assert tab.text("#upload-errors") == ""
+    tab.click(".guess button")
+    for scan in served.scans.listed():
+        served.scans.remove(scan.id)
+    tab.type("#question", "Which sex?")
+    tab.click("#send")
+    tab.wait("document.querySelector('.turn .alert')")
+    assert "upload it again" in tab.text(".turn .alert")
+    assert tab.refused[0][1] == 415
+    assert all("Failed to load resource" in error for error in tab.errors), tab.errors
