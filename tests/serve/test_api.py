@@ -9,6 +9,7 @@ from typing import Any
 import nibabel as nib
 import openai
 import pytest
+from starlette.testclient import TestClient
 
 from tests.helpers.served import Served
 from tests.helpers.small_run import umbrella
@@ -142,3 +143,31 @@ def test_refuses_by_name(served: Served, options: dict[str, Any], param: str) ->
 def test_refuses_a_scan_without_modality(served: Served) -> None:
     with pytest.raises(openai.BadRequestError, match="expected one of T1"):
         served.ask("Which sex?", served.image(modality=None))
+
+
+def test_the_command_serves_a_run_and_the_scans_of_its_data(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    world, results = served.run.parent, dict[str, Any]()
+
+    def run(server: Server, sockets: list[Any]) -> None:
+        with TestClient(server.config.app, base_url=f"http://127.0.0.1:{sockets[0].getsockname()[1]}") as client:
+            results["model"] = client.get("/api/model").json()
+            results["scans"] = client.get("/api/scans").json()
+            image = {"type": "image_url", "image_url": {"url": f"scan:{results['scans'][0]['id']}"}}
+            content = [image, {"type": "text", "text": "Which sex?"}]
+            body = {"model": served.model, "max_tokens": 6, "messages": [{"role": "user", "content": content}]}
+            results["answer"] = client.post("/v1/chat/completions", json=body).json()
+            results["metrics"] = client.get("/metrics").text
+        server._on_start()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Server, "run", run)
+    flags = ["--image-root", world / "scans", "--port", 0, "--batch-size", 4, "--max-new-tokens", 8]
+    lines = umbrella("serve", served.run, "--data", world / "eval.json", *flags).splitlines()
+    assert lines[-2].startswith("http://127.0.0.1:")
+    assert results["model"]["id"] == served.model
+    first = results["scans"][0]
+    assert (first["modality"], first["uploaded"], first["warnings"]) == ("T1", False, [])
+    expected = served.ask("Which sex?", served.image(world / "scans" / first["name"]))
+    assert results["answer"]["choices"][0]["message"]["content"] == expected.choices[0].message.content
+    assert "umbrella_questions_waiting 0.0" in results["metrics"]
+    assert "--token: expected 16 or more letters" in umbrella("serve", served.run, "--token", "short", code=2)

@@ -416,18 +416,18 @@ def test_a_client_that_goes_away_or_stalls_leaves_nothing(listening: tuple[int, 
     request = f"POST /api/scans HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Length: {len(content) + 500}\r\n".encode()
     request += b"Content-Type: multipart/form-data; boundary=b\r\n\r\n" + PART + content[:3000]
     for goes_away in (True, False):
-        with socket.create_connection(("127.0.0.1", port)) as client:
+        with socket.create_connection(("127.0.0.1", port), 5) as client:
             client.sendall(request)
             until(lambda: len(stored(scans)) == 1)
             if not goes_away:
                 assert b"HTTP/1.1 408" in client.recv(100)
         until(lambda: scans.usage() == (0, 0))
         assert stored(scans) == []
-    with socket.create_connection(("127.0.0.1", port)) as client:  # sends no headers
+    with socket.create_connection(("127.0.0.1", port), 5) as client:  # sends no headers
         client.sendall(b"GET / HTTP/1.1\r\nHost: ")
         assert client.recv(100) == b""
     for body in (b"Content-Length: 2000\r\n\r\n", b"Transfer-Encoding: chunked\r\n\r\n7d0\r\n" + b"x" * 2000 + b"\r\n"):
-        with socket.create_connection(("127.0.0.1", port)) as client:
+        with socket.create_connection(("127.0.0.1", port), 5) as client:
             client.sendall(f"POST /v1/fails HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n".encode() + body)
             assert client.recv(100).startswith(b"HTTP/1.1 4")
 

@@ -2,6 +2,14 @@
 
 import argparse
 import logging
+import os
+import secrets
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -32,7 +40,7 @@ def add(commands: Any) -> None:
     text = "what requests must bring; default a random one, and none on 127.0.0.1"
     group.add_argument("--token", metavar="TEXT", help=text)
     group.add_argument(
-        "--max-upload", type=_megabytes, default=512, metavar="N", help="largest upload in MB; default 512"
+        "--max-upload", type=_positive, default=512, metavar="N", help="largest upload in MB; default 512"
     )
     text = "longest answer, in tokens, that a request may ask for; default 256"
     group.add_argument("--max-new-tokens", type=_positive, default=256, metavar="N", help=text)
@@ -49,28 +57,28 @@ def _port(text: str) -> int:
     return int(text)
 
 
-def _megabytes(text: str) -> int:
-    if not text.isdecimal() or not 0 < int(text) <= 1 << 16:
-        raise argparse.ArgumentTypeError(f"expected 1 to {1 << 16}, got {text}")
-    return int(text)
-
-
 def _positive(text: str) -> int:
     if not text.isdecimal() or not 0 < int(text) <= 1 << 16:
         raise argparse.ArgumentTypeError(f"expected 1 to {1 << 16}, got {text}")
     return int(text)
 
 
-def _serve(arguments: argparse.Namespace) -> int | None:
-    from umbrella_jax.serve.listen import ended_by_signals
+def _serve(arguments: argparse.Namespace) -> None:
+    from umbrella_jax.serve import why_unavailable
 
-    with ended_by_signals():
-        return _run(arguments)
+    if reason := why_unavailable():
+        raise ConfigError(f"serve: {reason}")
+    from umbrella_jax.serve.guard import Access, check_token, is_loopback
+    from umbrella_jax.serve.listen import bind, ended_by_signals
+
+    token = arguments.token or (None if is_loopback(arguments.host) else secrets.token_urlsafe(24))
+    if token and (fault := check_token(token)):
+        raise ConfigError(f"token: {fault}")
+    with ended_by_signals(), bind(arguments.host, arguments.port) as bound:
+        _run(arguments, Access(arguments.host, token), bound)
 
 
-def _run(arguments: argparse.Namespace) -> int | None:
-    import secrets
-
+def _run(arguments: argparse.Namespace, access: Any, bound: socket.socket) -> None:
     from umbrella_jax.checkpoints.load import load_opened
     from umbrella_jax.config.schema import DataConfig
     from umbrella_jax.data.conversation import read_with_config
@@ -79,54 +87,55 @@ def _run(arguments: argparse.Namespace) -> int | None:
     from umbrella_jax.serve.app import make_app
     from umbrella_jax.serve.description import describe_model
     from umbrella_jax.serve.engine import Engine
-    from umbrella_jax.serve.guard import Access, check_token, is_loopback
-    from umbrella_jax.serve.listen import Server, bind
+    from umbrella_jax.serve.listen import Server
     from umbrella_jax.serve.metrics import ServerMetrics
     from umbrella_jax.serve.openai_api import model_routes
     from umbrella_jax.serve.scans import UploadLimits, open_scans
 
-    token = arguments.token or (None if is_loopback(arguments.host) else secrets.token_urlsafe(24))
-    if token and (fault := check_token(token)):
-        raise ConfigError(f"token: {fault}")
-    socket = bind(arguments.host, arguments.port)
-    checkpoint = open_checkpoint(arguments, settings_of(arguments))
-    modalities = checkpoint.config.modalities
-    data = None
-    if arguments.data:
-        given = DataConfig(image_root=getattr(arguments, "data.image_root"))
-        data = read_with_config(arguments.data, modalities, given)
+    settings = settings_of(arguments)
+    checkpoint = open_checkpoint(arguments, settings)
+    config = settings.data if settings else DataConfig()
+    config = replace(config, image_root=getattr(arguments, "data.image_root") or config.image_root)
+    data = read_with_config(arguments.data, checkpoint.config.modalities, config) if arguments.data else None
+    description = describe_model(checkpoint, read_training_records(checkpoint))
+    processor = Processor.from_checkpoint(checkpoint, max_length=config.max_length)
+    lanes, longest = arguments.batch_size, arguments.max_new_tokens
+    engine = Engine(load_opened(checkpoint), processor, lanes=lanes, max_new_tokens=longest)
     size = arguments.max_upload << 20
     limits = UploadLimits(file_bytes=size, total_bytes=max(UploadLimits.total_bytes, 4 * size))
-    host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
-    url = f"http://{host}:{socket.getsockname()[1]}/" + (f"?token={token}" if token else "")
-    description = describe_model(checkpoint, read_training_records(checkpoint))
-    engine = Engine(
-        load_opened(checkpoint),
-        Processor.from_checkpoint(checkpoint),
-        lanes=arguments.batch_size,
-        max_new_tokens=arguments.max_new_tokens,
-    )
     print("compiling for the shapes of its tasks", flush=True)
-    with open_scans(modalities, limits, data) as scans, engine.running(description.warm_up()):
+    with open_scans(processor.modalities, limits, data) as scans, engine.running(description.warm_up()):
         metrics = ServerMetrics()
         metrics.watch("umbrella_questions_waiting", "Questions that wait", lambda: engine.waiting)
         metrics.watch("umbrella_questions_answered", "Questions that are being answered", lambda: engine.answering)
-        access, routes = Access(arguments.host, token), model_routes(engine, scans, description)
+        routes = model_routes(engine, scans, description)
         app = make_app(scans, access, routes=routes, metrics=metrics, log_requests=arguments.log_requests)
-        if not arguments.log_requests:  # messages of libraries may quote a name
-            for name in ("asyncio", "umbrella_jax"):
-                logging.getLogger(name).setLevel(logging.CRITICAL + 1)
-        Server(app, partial(_announce, url, open_page=arguments.open)).run([socket])
-    return None
+        host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
+        url = f"http://{host}:{bound.getsockname()[1]}/" + (f"?token={access.token}" if access.token else "")
+        server = Server(app, partial(_announce, url, open_page=arguments.open))
+        # messages of libraries may quote a name; Ctrl+C is the usual end
+        with nullcontext() if arguments.log_requests else _silent_loggers(), suppress(KeyboardInterrupt):
+            server.run([bound])
+
+
+@contextmanager
+def _silent_loggers() -> Iterator[None]:
+    """Let the loggers that know of scans and requests print nothing."""
+    loggers = [logging.getLogger(name) for name in ("asyncio", "python_multipart", "umbrella_jax")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _announce(url: str, *, open_page: bool) -> None:
     """Print the address, and open it in a browser with a window; a text browser would take over the terminal."""
-    import os
-    import sys
-    import threading
     import webbrowser
 
-    print(f"{url}\n  stop with Ctrl+C; not a medical device")
+    print(f"{url}\n  not a medical device; Ctrl+C stops the server and removes all uploads", flush=True)
     if open_page and (sys.platform == "darwin" or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
         threading.Thread(target=webbrowser.open, args=[url], daemon=True).start()
