@@ -17,6 +17,7 @@ from umbrella_jax.checkpoints.load import load
 from umbrella_jax.errors import visible
 from umbrella_jax.inference.generate import Sampling, encode, generate, prefill
 from umbrella_jax.inference.lanes import advance, enter, first_token
+from umbrella_jax.serve.listen import Server
 
 
 def test_answers_equal_those_of_generate_streamed_or_not(served: Served) -> None:
