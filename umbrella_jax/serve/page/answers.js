@@ -28,7 +28,7 @@ async function streamAnswer(body, place, signal) {
     place.setAttribute("aria-busy", "false");
   }
   if (!text.data) place.replaceChildren(element("em", {}, "an empty answer"));
-  if (reason === "length") place.append(element("small", {}, " (cut off at the longest answer that was asked for)"));
+  if (reason === "length") place.append(element("small", {}, " (cut off; a longer answer can be allowed below)"));
   return { text: text.data, extra };
 }
 
@@ -217,7 +217,8 @@ export class Answer {
   async #showExplanation(explanation, method) {
     const { log_probability: withScan, without, maps } = explanation;
     const effect = withScan - without;
-    const sentence = `With the scans, this answer is ${Number(Math.exp(Math.abs(effect)).toPrecision(2))} times `
+    const times = Math.exp(Math.abs(effect));
+    const sentence = `With the scans, this answer is ${times > 1000 ? "more than 1000" : Number(times.toPrecision(2))} times `
       + `${effect < 0 ? "less" : "more"} likely than without them (${effect < 0 ? "−" : "+"}${shortNumber(Math.abs(effect))} ${UNIT}).`;
     const rows = maps.map((map) => this.#mapRow(map, method));
     this.why.replaceChildren(element("h4", {}, "Why"), element("p", {}, sentence),

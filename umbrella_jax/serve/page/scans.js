@@ -72,7 +72,7 @@ class OpenScan {
       this.window = Math.max(0, Math.floor(Number(windows.value)) || 0);
       this.show(true);
     });
-    this.windowLabel = element("label", { hidden: true }, "window ", windows);
+    this.windowLabel = element("label", { hidden: true }, "window, from 0 ", windows);
     this.seenNote = element("p", { className: "small", hidden: true });
     return element("div", {},
       element("div", { className: "row views", role: "group", "aria-label": `View of ${this.label}` }, ...this.viewButtons, this.windowLabel),
@@ -230,6 +230,7 @@ export class Scans {
     try {
       this.#checkRoom();
       this.add(facts);
+      byId("search").value = "";
       this.#list();
     } catch (error) {
       showError(errors, error);

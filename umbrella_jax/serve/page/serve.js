@@ -96,7 +96,7 @@ function showNote() {
   const task = currentTask();
   const isOwn = task?.questions?.length && !task.questions.includes(byId("question").value.trim());
   const parts = [];
-  if (task?.answers) parts.push(`Answers: ${task.answers.join(", ")}.`);
+  if (task?.answers) parts.push(`Answers: ${task.answers.map((answer) => `“${answer}”`).join(", ")}.`);
   if (task?.numbers) parts.push(`A number from ${task.numbers.low} to ${task.numbers.high} ${task.numbers.unit ?? ""}.`.replace(" .", "."));
   if (isOwn) parts.push("This wording is not the task's own, so its measured accuracy does not apply.");
   byId("task-note").textContent = parts.join(" ");
@@ -114,6 +114,8 @@ function showComposer() {
   });
   const questions = [...new Set(fresh.flatMap(({ facts }) => facts.task_questions ?? []))].slice(0, 5);
   const hints = questions.map((text) => button(text, () => {
+    byId("task").value = model.tasks.find((task) => task.questions.includes(text))?.name ?? "";
+    showTask();
     byId("question").value = text;
     showNote();
     byId("question").focus();
@@ -200,6 +202,10 @@ function restart() {
   byId("question").focus();
 }
 
+// What sticks below the header, and what is scrolled into view, needs its height.
+new ResizeObserver(([entry]) => {
+  document.documentElement.style.setProperty("--header", `${entry.borderBoxSize[0].blockSize}px`);
+}).observe(document.querySelector("header"));
 byId("task").addEventListener("change", showTask);
 byId("wording").addEventListener("change", () => {
   byId("question").value = currentTask().questions[Number(byId("wording").value)];
