@@ -1,6 +1,6 @@
 // An answer on the page: its text as it comes, likelihoods, numbers, the answer without the scan, and why.
 
-import { announce, button, element, percent, shortNumber, showError, svg } from "/static/elements.js";
+import { announce, button, element, keepFocus, percent, shortNumber, showError, svg } from "/static/elements.js";
 import { streamEvents } from "/static/requests.js";
 
 const METHODS = {
@@ -28,7 +28,7 @@ async function streamAnswer(body, place, signal) {
     place.setAttribute("aria-busy", "false");
   }
   if (!text.data) place.replaceChildren(element("em", {}, "an empty answer"));
-  if (reason === "length") place.append(element("small", {}, " (cut off; a longer answer can be allowed below)"));
+  else if (reason === "length") place.append(element("small", { className: "cut" }, "Cut off; a longer answer can be allowed below."));
   return { text: text.data, extra };
 }
 
@@ -118,7 +118,7 @@ export class Answer {
     this.stopper = new AbortController();
     this.text = element("div", { className: "answer-text", "aria-live": "polite" });
     this.blankText = element("div", { className: "answer-text" });
-    this.blankBox = element("div", { className: "without-box", hidden: true },
+    this.blankBox = element("div", { className: "without-box", hidden: true, tabIndex: -1 },
       element("h4", {}, "Without the scan"), this.blankText, element("p", { className: "small" }, "Each scan was replaced by background."));
     this.details = element("div");
     this.error = element("div", { role: "alert" });
@@ -140,7 +140,7 @@ export class Answer {
     try {
       this.result = await streamAnswer(this.body, this.text, this.stopper.signal);
     } catch (error) {
-      if (error.name === "AbortError") this.text.append(element("small", {}, " (stopped)"));
+      if (error.name === "AbortError") this.text.append(element("small", { className: "cut" }, "Stopped."));
       else throw error;
       return null;
     } finally {
@@ -179,6 +179,7 @@ export class Answer {
       this.#show();
       announce(`Without the scan the answer is: ${this.blank.text}`);
       control.remove();
+      keepFocus(this.blankBox);
     } catch (error) {
       this.blankBox.hidden = true;
       showError(this.error, error, () => this.#askBlank(control));
@@ -211,6 +212,7 @@ export class Answer {
       else showError(this.why, error, () => this.#explain(method, start));
     } finally {
       start.disabled = false;
+      keepFocus(start);
     }
   }
 

@@ -35,6 +35,11 @@ export function announce(text) {
   byId("announcer").textContent = text;
 }
 
+// Give the focus to an element if the one that had it is gone or disabled.
+export function keepFocus(place) {
+  if (document.activeElement === document.body) place.focus({ preventScroll: true });
+}
+
 // Show an error where it happened, with a button that tries again if `retry` is given.
 export function showError(place, error, retry = null) {
   const again = retry && button("Try again", () => {

@@ -7,7 +7,7 @@ const MOST_OPEN = 8; // browsers draw in at most 16 canvases with WebGL
 
 // A scan on the page. `modality` is empty until a person has chosen or confirmed it.
 class OpenScan {
-  constructor(facts, number, modalities, changed, close) {
+  constructor(facts, number, modalities, changed, close, remove) {
     Object.assign(this, { facts, number, modalities, changed });
     this.modality = facts.modality ?? "";
     this.isIncluded = true;
@@ -22,7 +22,9 @@ class OpenScan {
     this.modalityError = element("div", { role: "alert" });
     const title = element("h3", { id: `scan-${number}` }, `${this.label} `, element("span", { className: "name" }, facts.name));
     this.card = element("article", { className: "scan card", "aria-labelledby": `scan-${number}` },
-      element("div", { className: "card-head" }, title, button("Remove", close, { "aria-label": `Remove ${this.label}` })),
+      element("div", { className: "card-head" }, title, element("div", { className: "row" },
+        facts.uploaded ? button("Delete", remove, { "aria-label": `Delete ${this.label} from the server` }) : null,
+        button("Close", close, { "aria-label": `Close ${this.label}` }))),
       element("p", { className: "facts" }, this.#describe()),
       ...this.#warn(), this.#modalityChoice(), this.#views(), this.host, this.error);
   }
@@ -239,11 +241,11 @@ export class Scans {
 
   #checkRoom() {
     if (this.open.length < MOST_OPEN) return;
-    throw new ServerError(`${MOST_OPEN} scans are open, as many as browsers can draw.`, { remedy: "Remove one first." });
+    throw new ServerError(`${MOST_OPEN} scans are open, as many as browsers can draw.`, { remedy: "Close one first." });
   }
 
   add(facts) {
-    const scan = new OpenScan(facts, ++this.#count, this.#modalities, this.#changed, () => this.#remove(scan));
+    const scan = new OpenScan(facts, ++this.#count, this.#modalities, this.#changed, () => this.#close(scan), () => this.#delete(scan));
     this.open.push(scan);
     byId("empty").hidden = true;
     byId("cards").append(scan.card);
@@ -253,19 +255,26 @@ export class Scans {
     return scan;
   }
 
-  #remove(scan) {
+  #close(scan) {
     this.open = this.open.filter((one) => one !== scan);
     scan.close();
     byId("empty").hidden = this.open.length > 0;
-    if (scan.facts.uploaded) {
-      this.#known = this.#known.filter(({ id }) => id !== scan.facts.id);
-      deleteScan(scan.facts.id).catch((error) => {
-        if (error.status !== 404) showError(byId("upload-errors"), error); // 404: already removed
-      });
-    }
     this.#list();
     announce(`${scan.label} is closed.`);
     this.#changed();
-    byId("files").focus();
+    byId("files").focus({ preventScroll: true });
+  }
+
+  async #delete(scan) {
+    try {
+      await deleteScan(scan.facts.id);
+    } catch (error) {
+      if (error.status !== 404) { // 404: it has expired
+        showError(scan.error, error);
+        return;
+      }
+    }
+    this.#known = this.#known.filter(({ id }) => id !== scan.facts.id);
+    this.#close(scan);
   }
 }

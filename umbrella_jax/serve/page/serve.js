@@ -1,7 +1,7 @@
 // The page of `umbrella-jax serve`: what the model is, the scans, and a conversation about them.
 
 import { Answer } from "/static/answers.js";
-import { announce, button, byId, element, percent, shortNumber, showError } from "/static/elements.js";
+import { announce, button, byId, element, keepFocus, percent, shortNumber, showError } from "/static/elements.js";
 import { getJson, ServerError } from "/static/requests.js";
 import { Scans } from "/static/scans.js";
 
@@ -180,6 +180,7 @@ async function ask(event) {
     byId("task").value = "";
     showTask();
   } catch (error) {
+    if (error.status === 404) error.remedy = "Or start a new conversation with the scans that are open.";
     showError(answer.error, error, () => {
       answer.item.remove();
       byId("question").value = text;
@@ -188,6 +189,7 @@ async function ask(event) {
   } finally {
     isAsking = false;
     byId("send").disabled = false;
+    keepFocus(byId("question"));
     showComposer();
   }
 }
