@@ -15,7 +15,7 @@ from scipy.special import softmax
 from sklearn.metrics import brier_score_loss, roc_auc_score
 
 from tests.helpers.page import Page
-from tests.helpers.small_run import on, read_lines
+from tests.helpers.small_run import on, read_lines, umbrella
 from umbrella_jax.checkpoints.checkpoint import Checkpoint
 from umbrella_jax.checkpoints.export import write_native
 from umbrella_jax.cli import main, make_parser
@@ -153,6 +153,18 @@ def test_it_types_commands_and_ends_with_one_that_fails(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="demo: umbrella-jax baseline failed"):
         run_demo(fail_in_baseline, tmp_path, subjects=(8, 4), arguments=["--epochs", "0.5"])
     assert typed == ["convert", "train", "convert", "baseline"]
+
+
+def test_serve_opens_the_page_on_the_run_and_the_held_out_subjects(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = list[Any]()
+    monkeypatch.setattr("umbrella_jax.demo.run_demo", lambda _, out: make_data(out / "data", 0, 4, 4))
+    monkeypatch.setattr("umbrella_jax.cli.serve._serve", served.append)
+    printed = umbrella("demo", "--out", tmp_path, "--serve")
+    assert f"$ umbrella-jax serve {tmp_path / 'run'} --data {tmp_path / 'data' / 'eval.json'} --open" in printed
+    assert Path(served[0].data).is_file()
+    assert (served[0].model, served[0].open) == (str(tmp_path / "run"), True)
 
 
 @pytest.fixture(scope="module")

@@ -392,9 +392,10 @@ def listening(opened: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> It
     monkeypatch.setattr(guard, "_DRAINED_SECONDS", 0.3)
     monkeypatch.setattr(guard, "JSON_BYTES", 1000)
     monkeypatch.setattr("umbrella_jax.serve.listen._HEADER_SECONDS", 0.3)
-    with opened(routes=[Route("/v1/fails", fails, methods=["POST"])]) as (_, scans), bind("127.0.0.1", 0) as bound:
+    routes = [Route("/v1/fails", fails, methods=["POST"])]
+    with opened() as (_, scans), bind("127.0.0.1", 0) as bound:
         started = threading.Event()
-        server = Server(make_app(scans, Access("127.0.0.1")), started.set)
+        server = Server(make_app(scans, Access("127.0.0.1"), routes=routes), started.set)
         thread = threading.Thread(target=server.run, args=[[bound]])
         thread.start()
         assert started.wait(10)
@@ -429,7 +430,7 @@ def test_a_client_that_goes_away_or_stalls_leaves_nothing(listening: tuple[int, 
     for body in (b"Content-Length: 2000\r\n\r\n", b"Transfer-Encoding: chunked\r\n\r\n7d0\r\n" + b"x" * 2000 + b"\r\n"):
         with socket.create_connection(("127.0.0.1", port), 5) as client:
             client.sendall(f"POST /v1/fails HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n".encode() + body)
-            assert client.recv(100).startswith(b"HTTP/1.1 4")
+            assert client.recv(100).startswith(b"HTTP/1.1 413")
 
 
 def test_a_port_in_use_is_named() -> None:

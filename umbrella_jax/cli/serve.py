@@ -110,7 +110,8 @@ def _run(arguments: argparse.Namespace, access: Any, bound: socket.socket) -> No
         metrics.watch("umbrella_questions_answered", "Questions that are being answered", lambda: engine.answering)
         routes = model_routes(engine, scans, description)
         app = make_app(scans, access, routes=routes, metrics=metrics, log_requests=arguments.log_requests)
-        host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
+        host = socket.gethostname() if arguments.host in ("0.0.0.0", "::") else arguments.host
+        host = f"[{host}]" if ":" in host else host
         url = f"http://{host}:{bound.getsockname()[1]}/" + (f"?token={access.token}" if access.token else "")
         server = Server(app, partial(_announce, url, open_page=arguments.open))
         # messages of libraries may quote a name; Ctrl+C is the usual end
