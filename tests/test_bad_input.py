@@ -620,7 +620,7 @@ def test_an_older_schema_starts_work(
         ),
         (
             lambda r: part(r, 11).update(text="word " * 9000),
-            "data.json[11] (text): 45013 positions, 0 of them patches; expected at most 8192",
+            "data.json[11] (text): 45013 positions, with 0 patches; expected at most 8192",
         ),
         (
             lambda r: r[11]["conversations"].pop(),
@@ -638,7 +638,7 @@ def test_conversation(refused: Refused, data: Callable[..., Path], change: Any, 
 def test_the_limit_on_length_is_configured(refused: Refused) -> None:
     message = refused("--set", "data.max_length=40")
     assert "4 faults" in message  # the four of two images
-    assert "  - 4 × 42 positions, 12 of them patches; expected at most 40" in message, "which is said once"
+    assert "  - 4 × 42 positions, with 12 patches; expected at most 40" in message, "which is said once"
     assert all(f"({name})\n" in message for name in ("two-01", "two-23", "two-30"))
 
 

@@ -198,7 +198,7 @@ def test_too_long_is_refused_not_cut(template, modalities, chat_tokenizer):
     options = {"tokenizer": tokenizer, "modalities": modalities, "template": template}
     length = len(encode(conversation, max_length=LIMIT, **options))
     assert len(encode(conversation, max_length=length, **options)) == length
-    match = rf"a.json\[0\] \(S01\): {length} positions, 6 of them patches; expected at most {length - 1}"
+    match = rf"a.json\[0\] \(S01\): {length} positions, with 6 patches; expected at most {length - 1}"
     with pytest.raises(DataError, match=match):
         encode(conversation, max_length=length - 1, **options)
     with pytest.raises(DataError, match="expected at most 5"):

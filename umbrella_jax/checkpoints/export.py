@@ -176,7 +176,7 @@ def write_trained(
 ) -> Path:
     """Write the trained parameters of a run, and the fingerprint of its base, as one file into the new folder `out`.
 
-    For a run on top of another run, the file has the trained parameters of all of them. B of an adapter includes its
+    For a run on top of another run, the file has the trained parameters of both. B of an adapter includes its
     scale, so that a reader adds B·A. Adapters of several runs for one weight become one, whose rank is their sum.
     Untrained patch embeddings are left out as in `write_hf`.
 
@@ -208,8 +208,8 @@ def write_peft(
     """Write the adapters of a run as a PEFT adapter into the new folder `out`, with its trained patch embedding and a
     model card.
 
-    For a run on top of another run, it has what all of them trained, as in `write_trained`. It goes onto the Hugging
-    Face directory that the first of them started from, whose fingerprint it records.
+    For a run on top of another run, it has what both trained, as in `write_trained`. It goes onto the Hugging
+    Face directory that the first one started from, whose fingerprint it records.
 
     Args:
         names: names of the modalities; by default those in that directory.

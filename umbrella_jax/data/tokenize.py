@@ -688,7 +688,7 @@ def _encode(
     patches = [modalities[image.modality].num_patches for image in images]
     if (length := len(ids) - len(patches) + sum(patches)) > max_length:
         faults.append(
-            f"{label}: {length} positions, {sum(patches)} of them patches; expected at most {max_length}: "
+            f"{label}: {length} positions, with {sum(patches)} patches; expected at most {max_length}: "
             "raise max_length or the patch size, or shorten the conversation"
         )
     if faults:

@@ -49,7 +49,7 @@ from umbrella_jax.training.trainer import TrainingRun
 
 MAX_UPDATES = 10_000_000
 _NOT_FOUND = {
-    "train": "expected a conversation file or a directory of them (--train-data PATH)",
+    "train": "expected a file or a directory of conversations (--train-data PATH)",
     "eval": "expected conversations (--eval-data PATH), or no evaluation (--set data.eval=null)",
 }
 """Remedies if the data do not exist."""

@@ -28,7 +28,7 @@ _LEAF = re.compile(r"(\.lora_[AB])?\.(weight|bias)$")
 
 @dataclass(frozen=True, kw_only=True)
 class ParameterSummary:
-    """A run's base, modalities and parameters, and which of them train."""
+    """A run's base, modalities and parameters, and which parameters train."""
 
     base: Checkpoint
     findings: Sequence[str]

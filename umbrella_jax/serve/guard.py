@@ -155,7 +155,7 @@ class _Body:
             async with asyncio.timeout(wait):
                 message = await self._receive()
         except TimeoutError:
-            limits = f"{_IDLE_SECONDS:g} s for the next bytes, {_BODY_SECONDS:g} s for all of them"
+            limits = f"{_IDLE_SECONDS:g} s for the next bytes, {_BODY_SECONDS:g} s for the whole body"
             raise ApiError(408, f"the request came too slowly; the limits are {limits}", code="too_slow") from None
         self.complete = message["type"] == "http.disconnect" or not message.get("more_body", False)
         self._bytes += len(message.get("body", b""))

@@ -490,7 +490,7 @@ def _as_nifti(path: Path, limit: int) -> bytes:
 def open_scans(
     modalities: Mapping[str, ModalityConfig], limits: UploadLimits, data: Conversations | None = None
 ) -> Iterator[Scans]:
-    """Make the private folder of the uploads, and remove it, with all of them, at the end of the block.
+    """Make the private folder of the uploads, and remove it with everything in it at the end of the block.
 
     First, remove such folders of this user whose process has ended without doing so.
     """

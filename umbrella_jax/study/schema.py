@@ -41,7 +41,7 @@ def _as_tuple(value: Any) -> Any:
 Word = Annotated[str, BeforeValidator(_as_text)]
 """A text that looks like a whole number without quotes: a label, a code, a visit."""
 Words = Annotated[tuple[Word, ...], BeforeValidator(_as_tuple)]
-"""One word, or a list of them."""
+"""One word, or a list of words."""
 Texts = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
 """One text, or a list of phrasings."""
 
