@@ -22,6 +22,7 @@ Needs: convert  the extra `torch`, 12 GB of disk
        validate the extra `report`, 2 GB of disk, five minutes
        baselines the extra `fmri`, two minutes
        tpu      the extra `aot`, two hours on two cores; --quick ten minutes
+       serve    the extra `serve`, openai, 2 GB of memory, five minutes
        start    1 GB of disk, ten minutes
 """
 
@@ -41,6 +42,7 @@ from bench.loop import loop
 from bench.measure import keep_stdout_for_figures
 from bench.products import products
 from bench.quantize import quantize
+from bench.serve import serve
 from bench.start import start
 from bench.startup import startup
 from bench.step import sharing, step
@@ -69,6 +71,7 @@ def main() -> None:
         products,
         answers,
         quantize,
+        serve,
         start,
         startup,
         study,

@@ -71,7 +71,7 @@ def write_data(folder: Path, setting: Setting) -> None:
     from umbrella_jax.demo import make_base
 
     make_base(folder / "base")
-    tokenizer = _tokenizer(folder)  # a word for each token, so that different answers have different texts
+    tokenizer = load_tokenizer(folder)  # a word for each token, so that different answers have different texts
     tokenizer.add_tokens([f" word{i}" for i in range(len(tokenizer), setting.vocabulary)])
     tokenizer.save_pretrained(folder / "base")
     base = json.loads((folder / "base" / "config.json").read_text())
@@ -151,7 +151,7 @@ def _answer_in_turn(end: Any, contestant: str, setting: Setting, folder: Path, b
         os.environ["JAX_PLATFORMS"] = "cpu"
     from umbrella_jax.inference.processor import Processor
 
-    processor = Processor(_tokenizer(folder), _config(folder, setting).modalities)
+    processor = Processor(load_tokenizer(folder), load_config(folder, setting).modalities)
     dataset = processor.dataset(folder / "data.json", evaluation=True, threads=4)
     make = _Umbrella if contestant == "umbrella" else _Transformers
     work = make(setting, folder, processor, dataset, contestant, backend)
@@ -177,25 +177,25 @@ def _answer_in_turn(end: Any, contestant: str, setting: Setting, folder: Path, b
         end.send(result | {"peak": peak, "more": work.more})
 
 
-def _tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(folder / "base")
 
 
-def _config(folder: Path, setting: Setting) -> Any:
+def load_config(folder: Path, setting: Setting) -> Any:
     from convert.config_json import read_config
 
     return read_config(folder, compute_dtype=setting.dtype)
 
 
-def _random_params(folder: Path, setting: Setting) -> Any:
+def random_parameters(folder: Path, setting: Setting) -> Any:
     """Return the same random parameters for each contestant, as NumPy arrays."""
     from umbrella_jax.models import abstract_params
 
     rng = np.random.default_rng(0)
     params = {}
-    for path, leaf in abstract_params(_config(folder, setting))[1].items():
+    for path, leaf in abstract_params(load_config(folder, setting))[1].items():
         values = rng.standard_normal(leaf.shape, np.float32) * np.float32(0.02)
         params[path] = values + np.float32("norm" in path)
     return params
@@ -215,10 +215,12 @@ class _Umbrella:
         from umbrella_jax.scoring.rows import blank_rows
         from umbrella_jax.sharding import make_mesh
 
-        config = _config(folder, setting).with_attention("auto", native_backend(jax.devices()[0]))
+        config = load_config(folder, setting).with_attention("auto", native_backend(jax.devices()[0]))
         self._setting, self._processor, self._dataset = setting, processor, dataset
         self._graphdef = abstract_params(config)[0]
-        self._params = {k: jax.device_put(v).astype(setting.dtype) for k, v in _random_params(folder, setting).items()}
+        self._params = {
+            k: jax.device_put(v).astype(setting.dtype) for k, v in random_parameters(folder, setting).items()
+        }
         self._mesh, self._rows = make_mesh(MeshConfig()), blank_rows(dataset.conversations)
         self._tasks = tasks_of(self._rows, {})
         self._choices = Choices.for_tasks(dataset, processor, self._rows, self._tasks, closed_sets=True)
@@ -283,8 +285,8 @@ class _Transformers:
 
         torch.set_num_threads(len(os.sched_getaffinity(0)))
         self._device = "cpu" if backend == "cpu" else "cuda"
-        params = {k: Tensor.from_array(v) for k, v in _random_params(folder, setting).items()}
-        config = _config(folder, setting)
+        params = {k: Tensor.from_array(v) for k, v in random_parameters(folder, setting).items()}
+        config = load_config(folder, setting)
         model = umbrella_model(
             hf_dict(setting.content | {"image_token_index": config.image_token_id}, config), config, params
         )
