@@ -528,7 +528,7 @@ PICTURES: dict[str, tuple[str, ...]] = {
     "docs/conversion.md": ("HF directory ──convert from-hf──► native checkpoint",),
     "docs/evidence.md": ("95 % interval  model −",),
     "docs/install.md": ("loss 9.1216; 16 answers", "built, and doctor passes"),
-    "docs/serve.md": ("http://127.0.0.1:8765/",),
+    "docs/serve.md": ("http://127.0.0.1:8765/", "import base64", "Female."),  # tests/serve/test_api.py
     "docs/runs.md": (
         "step 1,200 of 30,000",
         "step 240  evaluation",

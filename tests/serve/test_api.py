@@ -3,6 +3,7 @@
 import asyncio
 import gzip
 import json
+import re
 import time
 from typing import Any
 
@@ -11,6 +12,7 @@ import openai
 import pytest
 from starlette.testclient import TestClient
 
+from tests.helpers import docs_world
 from tests.helpers.served import Served
 from tests.helpers.small_run import umbrella
 from umbrella_jax.checkpoints.load import load
@@ -172,3 +174,15 @@ def test_the_command_serves_a_run_and_the_scans_of_its_data(served: Served, monk
     assert results["answer"]["choices"][0]["message"]["content"] == expected.choices[0].message.content
     assert "umbrella_questions_waiting 0.0" in results["metrics"]
     assert "--token: expected 16 or more letters" in umbrella("serve", served.run, "--token", "short", code=2)
+
+
+def test_the_program_in_the_docs_runs(served: Served, capsys: pytest.CaptureFixture[str]) -> None:
+    (program,) = (block.text for block in docs_world.blocks("docs/serve.md") if block.first.startswith("import"))
+    for here, there in {"http://127.0.0.1:8765": served.url, "sub-01_T1w.nii.gz": str(served.scan)}.items():
+        assert here in program
+        program = program.replace(here, there)
+    names: dict[str, Any] = {}
+    exec(program, names)
+    names["client"].close()
+    shares = re.findall(r"^ *([\d.]+)%  (?:Female|Male)\.$", capsys.readouterr().out, re.MULTILINE)
+    assert sum(map(float, shares)) == pytest.approx(100)

@@ -482,10 +482,10 @@ def _number_grid(given: Mapping[str, Any]) -> NumberGrid:
         raise _bad(f"{place}.{missing[0]}", "missing; expected low, high, step, and a text such as '{} years.'")
     ends = {name: _typed(given, name, float, None, f"{place}.") for name in ("low", "high", "step")}
     try:
-        config = NumbersConfig(**ends, text=_typed(given, "text", str, None, f"{place}."))
-        if (config.high - config.low) / config.step >= _MAX_ANSWERS:
+        candidates = NumbersConfig(**ends, text=_typed(given, "text", str, None, f"{place}."))
+        if (candidates.high - candidates.low) / candidates.step >= _MAX_ANSWERS:
             raise _bad(place, f"expected at most {_MAX_ANSWERS} candidates")
-        return NumberGrid.write(config, NumberTemplate.parse(str(config.text)), place)
+        return NumberGrid.write(candidates, NumberTemplate.parse(str(candidates.text)), place)
     except (UmbrellaError, ValueError) as error:
         message = error.faults[0] if isinstance(error, UmbrellaError) else "expected low < high, step > 0 and one {}"
         raise _bad(place, message.removeprefix(f"{place}: ")) from None
