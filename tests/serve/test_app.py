@@ -234,16 +234,20 @@ def test_a_slow_check_ends_and_holds_up_nothing_else(
 
 
 def test_a_scan_inside_a_request_is_removed_after_it(opened: Callable[..., Any]) -> None:
+    messages = list[str]()
     with opened() as (_, scans):
 
         async def use() -> None:
             async with scans.temporary("inside.nii", nifti()) as scan:
                 assert scans.path(scan.id).is_file()
                 assert scans.listed() == []
+                messages.append(f"{scan.path}: damaged")
+                assert scans.public(messages[0]) == "inside.nii: damaged"
                 raise KeyError
 
         with pytest.raises(KeyError):
             asyncio.run(use())
+        assert str(scans.folder) not in scans.public(messages[0])
         assert stored(scans) == []
 
 
