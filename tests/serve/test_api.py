@@ -6,6 +6,7 @@ import json
 import re
 import time
 from typing import Any
+from unittest import mock
 
 import nibabel as nib
 import openai
@@ -19,6 +20,7 @@ from umbrella_jax.checkpoints.load import load
 from umbrella_jax.errors import visible
 from umbrella_jax.inference.generate import Sampling, encode, generate, prefill
 from umbrella_jax.inference.lanes import advance, enter, first_token
+from umbrella_jax.serve import engine
 from umbrella_jax.serve.listen import Server
 
 
@@ -186,3 +188,16 @@ def test_the_program_in_the_docs_runs(served: Served, capsys: pytest.CaptureFixt
     names["client"].close()
     shares = re.findall(r"^ *([\d.]+)%  (?:Female|Male)\.$", capsys.readouterr().out, re.MULTILINE)
     assert sum(map(float, shares)) == pytest.approx(100)
+
+
+def test_a_failure_of_the_device_ends_its_questions_and_no_others(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = served.ask().choices[0].message.content
+    for name in ("encode", "enter", "advance"):
+        with monkeypatch.context() as patched:
+            patched.setattr(engine, name, mock.Mock(side_effect=RuntimeError("RESOURCE_EXHAUSTED")))
+            with pytest.raises(openai.InternalServerError):
+                served.ask("Which sex?", served.image(served.scan.with_name("3.nii.gz")))
+    assert served.ask().choices[0].message.content == before
+    assert served.is_idle()

@@ -332,15 +332,15 @@ class Engine:
                     for job in (*self._queue, *filter(None, self._busy)):
                         job.send(RunError("the server is shutting down"))
                     return
-            self._admit()
-            if any(self._busy):
-                try:
+            try:
+                self._admit()
+                if any(self._busy):
                     self._advance()
-                except Exception as error:
-                    for failed in filter(None, self._busy):
-                        failed.send(error)
-                    self._busy = [None] * len(self._busy)
-                    self._lanes = None  # it was donated
+            except Exception as error:
+                for failed in filter(None, self._busy):
+                    failed.send(error)
+                self._busy = [None] * len(self._busy)
+                self._lanes = None  # it was donated
 
     def _admit(self) -> None:
         """Give free lanes to the questions that wait longest.
@@ -364,13 +364,13 @@ class Engine:
             if complete := self._append(job, token):
                 job.send(complete)
                 continue
+            lane = self._busy.index(None)
             if not any(self._busy) and slots != self._slots_of_lanes:
                 self._lanes, self._slots_of_lanes = None, slots
+            self._busy[lane] = job
             if self._lanes is None:
                 self._lanes = empty_lanes(state, len(self._busy), self._slots_of_lanes + self.max_new_tokens - 1)
-            lane = self._busy.index(None)
             self._lanes = enter(self._lanes, state, np.int32(lane), np.int32(token))
-            self._busy[lane] = job
 
     def _read_prompt(self, job: _Job, slots: int) -> Decoding:
         """Read a prompt, and score its answers."""
@@ -559,10 +559,11 @@ class _Features:
         config = model.config
         width, dtype = config.text.hidden_size, jnp.dtype(config.compute_dtype)
         device = next(iter(split(model)[1].values())).sharding  # arrays without one would be compiled for once more
-        self.arrays = {
-            name: jax.device_put(jnp.zeros((slots, modality.num_patches, width), dtype), device)
+        self._empty = {
+            name: partial(jnp.zeros, (slots, modality.num_patches, width), dtype, device=device)
             for name, modality in config.modalities.items()
         }
+        self.arrays = {name: empty() for name, empty in self._empty.items()}
         """{modality: [slots, patches, width]}, for `prefill`."""
         self._slots = slots
         self._kept: dict[str, OrderedDict[Any, int]] = {name: OrderedDict() for name in self.arrays}
@@ -587,7 +588,13 @@ class _Features:
                 if slot == self._slots:
                     slot = kept.pop(next(own for own in kept if own not in needed))
                 slots = np.array([slot], np.int32)
-                self.arrays[name] = encode(params, volume[None], slots, self.arrays[name], graphdef=graphdef, name=name)
+                try:
+                    static: dict[str, Any] = {"graphdef": graphdef, "name": name}
+                    self.arrays[name] = encode(params, volume[None], slots, self.arrays[name], **static)
+                except BaseException:  # the features were donated
+                    self.arrays[name] = self._empty[name]()
+                    kept.clear()
+                    raise
                 kept[key] = slot
             kept.move_to_end(key)
             first[image] = self._first[name] + kept[key] * self.arrays[name].shape[1]
