@@ -261,7 +261,7 @@ FORMS = {
     "long header": (b"--b\r\nX: " + b"y" * 99999, MULTIPART),
     "garbage": (b"\0" * 1000, MULTIPART),
     "ends early": (PART + nifti(), MULTIPART),
-    "two files": (PART + nifti() + b"\r\n" + PART, MULTIPART),
+    "two files": (PART + nifti() + b"\r\n" + PART + b"x\r\n--b--\r\n", MULTIPART),
 }
 
 
