@@ -102,10 +102,10 @@ def run_on() -> Runs:
         with jax.set_mesh(mesh):
             batch = put_batch(mesh_batch(), mesh, axis=1)
             # A compiled step accepts only one sharding: the second step's state has the same as the first's.
-            step = jit_train_step().lower(state, frozen, batch, **mesh_case().static).compile(QUICK)
+            step = jit_train_step().lower(state, frozen, batch, **mesh_case().options).compile(QUICK)
             history, states = [], []
             for _ in range(3):
-                state, metrics = step(state, frozen, batch)
+                state, metrics = step(state, frozen, batch, schedule=mesh_case().schedule)
                 history.append(to_numpy(metrics))
                 states.append(to_numpy(state))
         return Run(history, states[0], state, frozen, step)

@@ -28,13 +28,14 @@ def compiled(work_dir: str, layers: int) -> list[Any]:
     labels = freeze.label_params(list(shapes), ["patch_embed"])
     trainable, frozen = freeze.partition(shapes, labels)
     train = TrainConfig()
-    optimizer = make_optimizer(train, make_schedule(train, 100), labels)
+    optimizer = make_optimizer(train, labels)
     state = jax.eval_shape(lambda: init_state({p: jax.numpy.zeros(s.shape) for p, s in trainable.items()}, optimizer))
     batch = jax.eval_shape(
         lambda: jax.tree.map(jax.numpy.asarray, make_batch(SCANS["t1"], 1, 1, 1, np.random.default_rng(0)))
     )
     start = time.perf_counter()
-    lowered = jit_train_step().lower(state, frozen, batch, graphdef=graphdef, optimizer=optimizer)
+    options = {"schedule": make_schedule(train, 100), "graphdef": graphdef, "optimizer": optimizer}
+    lowered = jit_train_step().lower(state, frozen, batch, **options)
     traced = time.perf_counter()
     program = lowered.compile()
     done = time.perf_counter()

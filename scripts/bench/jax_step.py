@@ -119,8 +119,9 @@ class JaxStep:
     ):
         labels = freeze.label_params([*trainable, *frozen], ["patch_embed"])
         train = TrainConfig()
-        optimizer = make_optimizer(train, make_schedule(train, 100), labels)
+        optimizer = make_optimizer(train, labels)
         self.state, self.frozen, self.batch = init_state(trainable, optimizer), frozen, jax.device_put(batch)
+        self.schedule = make_schedule(train, 100)
         static = {"graphdef": abstract_params(config)[0], "optimizer": optimizer}
         jitted = jit_train_step()
         if trials := TRIALS.keys() & set(options):
@@ -129,12 +130,13 @@ class JaxStep:
             jitted = jax.jit(train_step, static_argnames=tuple(static), donate_argnames="state")
         start = time.perf_counter()
         with trying(trials):
-            self.compiled = jitted.lower(self.state, self.frozen, self.batch, **static).compile()
+            lowered = jitted.lower(self.state, self.frozen, self.batch, schedule=self.schedule, **static)
+            self.compiled = lowered.compile()
         self.compile_seconds = time.perf_counter() - start
 
     def __call__(self) -> float:
         """Take one step; return the loss when the device is done."""
-        self.state, values = self.compiled(self.state, self.frozen, self.batch)
+        self.state, values = self.compiled(self.state, self.frozen, self.batch, schedule=self.schedule)
         return float(values["loss"])
 
 

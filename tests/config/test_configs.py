@@ -177,7 +177,7 @@ def test_full_size_step_has_shapes(name: str, tmp_path: Path) -> None:
     labels = freeze.label_params(list(shapes), list(run.train.groups))
     trainable, frozen = freeze.partition(shapes, labels)
     frozen = {path: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16) for path, leaf in frozen.items()}
-    optimizer = make_optimizer(run.train, make_schedule(run.train, 1000), labels)
+    optimizer = make_optimizer(run.train, labels)
     state = jax.eval_shape(partial(init_state, optimizer=optimizer), trainable)
 
     count = run.train.batch_size
@@ -197,7 +197,7 @@ def test_full_size_step_has_shapes(name: str, tmp_path: Path) -> None:
         target_mask=array(8, dtype=bool),
         volumes={name: array(*modality.size, dtype=jnp.float32) for name, modality in modalities.items()},
     )
-    step = partial(train_step, graphdef=graphdef, optimizer=optimizer)
+    step = partial(train_step, schedule=make_schedule(run.train, 1000), graphdef=graphdef, optimizer=optimizer)
     after, metrics = jax.eval_shape(step, state, frozen, batch)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
     assert {(leaf.shape, str(leaf.dtype)) for leaf in metrics.values()} <= {((), "float32"), ((), "int32")}

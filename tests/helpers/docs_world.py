@@ -49,8 +49,8 @@ EPOCHS = 8  # of 10 conversations in batches of 2: 40 steps
 
 
 def _configs(folder: Path) -> None:
-    """The YAMLs of configs/ as they are, but for sizes, base, length, types, which CPUs do slowly, and the schedule:
-    runs of any length share one program if the rate is constant."""
+    """The YAMLs of configs/ as they are, but for sizes, base, length, types, which CPUs do slowly, and a constant
+    rate."""
     folder.mkdir()
     for file in (ROOT / "configs").glob("*.yaml"):
         settings = read_config(file)

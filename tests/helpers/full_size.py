@@ -37,7 +37,7 @@ def abstract_step(run: RunConfig, model: LlavaConfig, batch_size: int, frozen_dt
     labels = freeze.label_params(list(shapes), list(run.train.groups))
     trainable, frozen = freeze.partition(shapes, labels)
     frozen = {path: jax.ShapeDtypeStruct(leaf.shape, frozen_dtype) for path, leaf in frozen.items()}
-    optimizer = make_optimizer(run.train, make_schedule(run.train, 1000), labels)
+    optimizer = make_optimizer(run.train, labels)
     state = jax.eval_shape(partial(init_state, optimizer=optimizer), trainable)
     positions = 9 * 9 * 9 + TEXT_TOKENS
 
@@ -54,5 +54,6 @@ def abstract_step(run: RunConfig, model: LlavaConfig, batch_size: int, frozen_dt
         target_mask=array(SUPERVISED, dtype=bool),
         volumes={"T1": array(96, 96, 96, dtype=jnp.float32)},
     )
-    step = jax.jit(partial(train_step, graphdef=graphdef, optimizer=optimizer), donate_argnums=0)
+    schedule = make_schedule(run.train, 1000)
+    step = jax.jit(partial(train_step, schedule=schedule, graphdef=graphdef, optimizer=optimizer), donate_argnums=0)
     return step, (state, frozen, batch)

@@ -5,7 +5,6 @@ from functools import cache
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from tests.helpers.training_case import CONFIG, Case, make_case, stack
 from umbrella_jax.batch import Batch
@@ -55,7 +54,7 @@ def mesh_case() -> Case:
     rng = np.random.default_rng(0)
     shapes = abstract_params(MODEL)[1]
     params = {path: jnp.asarray(rng.normal(scale=0.2, size=leaf.shape), jnp.float32) for path, leaf in shapes.items()}
-    return make_case(MODEL, params, CONFIG, optax.constant_schedule(1e-2))
+    return make_case(MODEL, params, CONFIG)
 
 
 def micro_batch(seed: int, *names: str) -> Batch:

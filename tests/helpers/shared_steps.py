@@ -1,6 +1,6 @@
 """Runs of one process share the traced and compiled training step, and all programs share one MLIR context."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
 from functools import cache
@@ -11,17 +11,19 @@ from jax._src.interpreters import mlir
 
 from umbrella_jax.config.schema import TrainConfig
 from umbrella_jax.run import preparation
+from umbrella_jax.training import optimizer
 
 shared_context = cache(mlir.make_ir_context)
 """Return the MLIR context in which every program is lowered. JAX makes one for each, which takes 6 ms: as long as the
 rest of a small program's lowering and half as long as its compilation."""
 
 UNUSED = (
-    *("epochs", "batch_size", "accumulate_steps"),  # the number of updates is an argument of its own
+    *("epochs", "batch_size", "accumulate_steps", "number_loss"),
+    *("learning_rate", "schedule", "warmup_steps", "warmup_ratio"),  # arguments of the step
     *("eval_steps", "eval_samples", "save_steps", "keep_latest", "keep_best", "best_metric", "early_stopping"),
     *("max_new_tokens", "on_nonfinite", "max_skipped", "tensorboard", "wandb"),
 )
-"""Settings that neither the schedule nor the optimizer reads."""
+"""Settings that the optimizer does not read."""
 
 
 @contextmanager
@@ -32,25 +34,15 @@ def shared_steps() -> Iterator[None]:
     `jax.jit` compares the optimizer, a static argument, by identity. To trace and lower a step takes ten times as long
     as the rest of a small run.
     """
-    made: dict[object, Any] = {}
+    made: dict[str, Any] = {}
 
-    def once(function: Callable[..., Any], key: Callable[..., Any]) -> Callable[..., Any]:
-        def call(config: TrainConfig, *arguments: Any) -> Any:
-            used = {field.name: getattr(config, field.name) for field in fields(config) if field.name not in UNUSED}
-            arguments_key = function.__name__, repr(used), key(config, *arguments)
-            if arguments_key not in made:
-                made[arguments_key] = function(config, *arguments)
-            return made[arguments_key]
+    def make_optimizer(config: TrainConfig, labels: Mapping[str, str]) -> Any:
+        used = {field.name: getattr(config, field.name) for field in fields(config) if field.name not in UNUSED}
+        key = repr((used, labels))
+        if key not in made:
+            made[key] = optimizer.make_optimizer(config, labels)
+        return made[key]
 
-        return call
-
-    def steps_key(config: TrainConfig, num_steps: int) -> int:
-        return 0 if config.schedule == "constant" and not config.warmup_ratio else num_steps
-
-    def labels_key(config: TrainConfig, schedule: object, labels: object) -> str:
-        return repr((schedule, labels))  # with the schedule's address
-
-    schedule, optimizer = once(preparation.make_schedule, steps_key), once(preparation.make_optimizer, labels_key)
-    steps = mock.patch.multiple(preparation, make_schedule=schedule, make_optimizer=optimizer)
-    with steps, mock.patch.object(mlir, "make_ir_context", shared_context):
+    shared = mock.patch.object(preparation, "make_optimizer", make_optimizer)
+    with shared, mock.patch.object(mlir, "make_ir_context", shared_context):
         yield

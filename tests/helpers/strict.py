@@ -17,12 +17,8 @@ def strict_promotion() -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(jax.numpy_dtype_promotion("strict"))
         stack.enter_context(jax.numpy_rank_promotion("raise"))
-        # optax itself mixes types: float ** integer in Adam, floats and the step's number in schedules.
+        # optax itself mixes types: float ** integer in Adam.
         stack.enter_context(mock.patch.object(optax.tree, "bias_correction", _lenient(optax.tree.bias_correction)))
-        scale = optax.scale_by_learning_rate
-        stack.enter_context(
-            mock.patch.object(optax, "scale_by_learning_rate", lambda *args: _lenient_update(scale(*args)))
-        )
         yield
 
 
@@ -35,7 +31,3 @@ def _lenient(function: Callable[..., Any]) -> Callable[..., Any]:
             return function(*args, **kwargs)
 
     return wrapper
-
-
-def _lenient_update(transform: optax.GradientTransformation) -> optax.GradientTransformation:
-    return optax.GradientTransformation(transform.init, _lenient(transform.update))

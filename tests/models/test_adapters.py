@@ -163,7 +163,7 @@ def test_on_a_mesh_it_is_one_devices():
     rng = np.random.default_rng(0)
     params = {path: rng.normal(scale=0.2, size=leaf.shape).astype(np.float32) for path, leaf in shapes.items()}
     train = TrainConfig(groups={"patch_embed": GroupConfig(), "lora": GroupConfig()}, eps=1e-3)
-    step = make_case(model, params, train, lambda count: 1e-2)
+    step = make_case(model, params, train)
     results = []
     for sizes in ((1, 1, 1), (2, 2, 2)):
         mesh = make_mesh(
@@ -174,8 +174,8 @@ def test_on_a_mesh_it_is_one_devices():
             state = step.state()
             state, frozen = jax.device_put((state, step.frozen), shardings((state, step.frozen), mesh))
             batch = put_batch(mesh_batch(), mesh, axis=1)
-            lowered = jit_train_step().lower(state, frozen, batch, **step.static)
-            state, metrics = lowered.compile(QUICK)(state, frozen, batch)
+            lowered = jit_train_step().lower(state, frozen, batch, **step.options)
+            state, metrics = lowered.compile(QUICK)(state, frozen, batch, schedule=step.schedule)
             for path, leaf in state.trainable.items():
                 held = {shard.data.size for shard in leaf.addressable_shards}
                 split = 1 if sizes[1] == 1 else 2

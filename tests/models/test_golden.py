@@ -5,7 +5,6 @@ from functools import partial
 
 import jax
 import numpy as np
-import optax
 import pytest
 
 from tests.helpers.golden_case import golden, golden_batch, golden_model, relative
@@ -15,7 +14,7 @@ from umbrella_jax.inference.generate import generate
 from umbrella_jax.models import abstract_params, merge, unstack
 from umbrella_jax.training.freeze import as_trainable, label_params, partition
 from umbrella_jax.training.loss import loss_sum
-from umbrella_jax.training.optimizer import make_optimizer
+from umbrella_jax.training.optimizer import make_optimizer, make_schedule
 from umbrella_jax.training.step import init_state, jit_train_step
 
 EMBEDDINGS = "vision_tower.vision_model.embeddings."
@@ -101,13 +100,14 @@ def test_ten_adamw_steps():
     labels = label_params(list(params), ["patch_embed"])
     trainable, frozen = partition(params, labels)
     # The golden run decays all of its tensors, at a constant rate.
-    optimizer = make_optimizer(TrainConfig(decay_bias=True), optax.constant_schedule(1e-2), labels)
+    train = TrainConfig(learning_rate=1e-2, schedule="constant", decay_bias=True)
+    optimizer, schedule = make_optimizer(train, labels), make_schedule(train, 10)
     state = init_state(as_trainable(trainable), optimizer)
     batch = jax.tree.map(lambda leaf: leaf[None], golden_batch())
     static = {"graphdef": abstract_params(config)[0], "optimizer": optimizer}
-    step = jit_train_step().lower(state, frozen, batch, **static).compile(OPTIMISED)
+    step = jit_train_step().lower(state, frozen, batch, schedule=schedule, **static).compile(OPTIMISED)
     for i, (loss, norm) in enumerate(golden("train")["loss_and_grad_norm"]):
-        state, metrics = step(state, frozen, batch)
+        state, metrics = step(state, frozen, batch, schedule=schedule)
         assert relative(metrics["loss"], loss) <= 1e-5
         assert relative(metrics["grad_norm"], norm) <= 1e-4
         if i == 0:  # the first moments are a tenth of the clipped gradients

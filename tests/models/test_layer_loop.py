@@ -86,7 +86,7 @@ def test_an_update_is_that_of_scanned_layers(name):
         if loop == "unrolled":
             graphdef, frozen = unrolled(graphdef, case.params), unstack(frozen)
             assert isinstance(frozen.get(UP, PerLayer(())), PerLayer)
-        state, metrics = quick_step(case.state(), frozen, small_batch(), graphdef=graphdef, optimizer=case.optimizer)
+        state, metrics = quick_step(case.state(), frozen, small_batch(), **case.options | {"graphdef": graphdef})
         results.append((metrics["loss"], metrics["grad_norm"], state.trainable))
     (loss, norm, trainable), (other, other_norm, others) = results
     assert relative(other, np.asarray(loss)) <= 1e-6
@@ -100,13 +100,13 @@ def test_no_weight_is_taken_out_of_a_stack():
     """A step's program has no array of a frozen stack's shape, and slices none of a layer's weight."""
     case = small_case()
     frozen = unstack(dict(case.frozen))
-    static = {"graphdef": unrolled(case.graphdef, case.params), "optimizer": case.optimizer}
-    step = jax.jit(train_step, static_argnames=tuple(static))
-    program = step.lower(case.state(), frozen, small_batch(), **static).as_text()
+    options = case.options | {"graphdef": unrolled(case.graphdef, case.params)}
+    step = jax.jit(train_step, static_argnames=("graphdef", "optimizer"))
+    program = step.lower(case.state(), frozen, small_batch(), **options).as_text()
     for stack in ("3x47x28xf32", "2x37x21xf32", "1x47x28xf32", "1x37x21xf32"):  # MLPs of decoder and tower
         assert stack not in program
     assert "47x28xf32" in program
-    stacked = step.lower(case.state(), case.frozen, small_batch(), **static).as_text()
+    stacked = step.lower(case.state(), case.frozen, small_batch(), **options).as_text()
     assert "1x47x28xf32" in stacked
 
 
@@ -160,6 +160,6 @@ def test_eight_devices_update_as_one_with_scanned_layers(sizes):
             if loop == "unrolled":
                 graphdef, frozen = unrolled(graphdef, case.params), unstack(frozen)
             batch = put_batch(mesh_batch(), mesh, axis=1)
-            state, metrics = quick_step(state, frozen, batch, graphdef=graphdef, optimizer=case.optimizer)
+            state, metrics = quick_step(state, frozen, batch, **case.options | {"graphdef": graphdef})
         results.append(to_numpy((metrics, state.trainable)))
     jax.tree.map(lambda x, y: np.testing.assert_allclose(y, x, rtol=1e-4, atol=1e-6), *results)

@@ -5,7 +5,6 @@ from types import SimpleNamespace
 
 import jax
 import numpy as np
-import optax
 import pytest
 import torch
 from transformers import GenerationConfig
@@ -176,7 +175,7 @@ def test_stock_call_gives_the_same(both):
 def test_ten_adamw_steps(both):
     """Losses, gradient norms, the first step's gradients, and the patch embedding that the steps end with."""
     train = TrainConfig(learning_rate=1e-2, decay_bias=True, eps=1e-4)  # else rounding decides an update
-    case = make_case(both.config, both.params, train, optax.constant_schedule(train.learning_rate))
+    case = make_case(both.config, both.params, train)
     state, stacked = case.state(), jax.tree.map(lambda leaf: leaf[None], both.batch)
     model = copy.deepcopy(both.torch).requires_grad_(False)
     embeddings = dict(model.model.vision_tower.embeddings.requires_grad_().named_parameters())
@@ -190,7 +189,7 @@ def test_ten_adamw_steps(both):
         gradients = {name: p.grad.numpy().copy() for name, p in embeddings.items()}
         norm = torch.nn.utils.clip_grad_norm_(embeddings.values(), train.clip_norm).item()
         theirs.step()
-        state, metrics = quick_step(state, case.frozen, stacked, **case.static)
+        state, metrics = quick_step(state, case.frozen, stacked, **case.options)
         np.testing.assert_allclose(metrics["loss"], loss.item(), rtol=1e-5)
         np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-4)
         if not step:  # the first moments are a tenth of the clipped gradients
@@ -208,8 +207,8 @@ def test_ten_adamw_steps(both):
 def test_a_step_of_the_tower_is_pytorchs(both):
     """Weights of the layers that run; those above keep every bit, with weight decay on."""
     train = TrainConfig(learning_rate=1e-2, decay_bias=True, eps=1e-4, groups={"vision_tower": GroupConfig()})
-    case = make_case(both.config, both.params, train, optax.constant_schedule(train.learning_rate))
-    state, _ = quick_step(case.state(), case.frozen, jax.tree.map(lambda leaf: leaf[None], both.batch), **case.static)
+    case = make_case(both.config, both.params, train)
+    state, _ = quick_step(case.state(), case.frozen, jax.tree.map(lambda leaf: leaf[None], both.batch), **case.options)
     model = copy.deepcopy(both.torch).requires_grad_(False)
     encoder = model.model.vision_tower.encoder.requires_grad_()
     options = {"lr": train.learning_rate, "eps": train.eps, "weight_decay": GroupConfig().weight_decay}

@@ -246,7 +246,7 @@ def test_refuses_a_study_that_is_built_again_while_a_fold_trains(
 
     def trained(*_: Any, **__: Any) -> Any:
         write_json(folder / "study.lock.json", json.loads((folder / "study.lock.json").read_text()) | {"note": "again"})
-        return None, Shared({}, {}, optax.identity(), 1, set())
+        return None, Shared({}, {}, optax.identity(), "scanned", set())
 
     monkeypatch.setattr(cross_validation, "train_sharing", trained)
     err = umbrella(*Study(study.world, folder).cv(tmp_path / "cv"), code=2)

@@ -49,8 +49,7 @@ def test_each_seed_is_the_run_that_it_would_be_alone(runs: Path, world: World, t
 
 
 def test_seeds_share_data_and_programs(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("make_schedule", "make_optimizer"):  # without the suite's own sharing
-        monkeypatch.setattr(preparation, name, getattr(optimizer, name))
+    monkeypatch.setattr(preparation, "make_optimizer", optimizer.make_optimizer)  # without the suite's own sharing
     reads, compiled = list[Path](), list[int]()
     after = recorded(Processor.datasets, lambda _, data: reads.append(data.train))
     monkeypatch.setattr(Processor, "datasets", after)

@@ -83,6 +83,23 @@ def test_a_run_writes_these_files(run: Path, world: World) -> None:
     assert settings["data"]["max_length"] == 8192  # defaults too, so that a run does not depend on later defaults
 
 
+def test_another_rate_and_length_take_the_compiled_step(run: Path, world: World, tmp_path: Path) -> None:
+    traced = list[str]()
+
+    def listen(event: str, _: float, *, fun_name: str = "", **__: Any) -> None:
+        traced.append(fun_name)
+
+    flags = ["--epochs", 1, "--learning-rate", 0.03, "--set", "train.warmup_steps=1"]
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    umbrella(*world.train_flags(tmp_path / "run", *flags))
+    jax.jit(lambda: 0)()
+    jax.monitoring.unregister_event_duration_listener(listen)
+    assert "<lambda>" in traced
+    assert "train_step" not in traced
+    lines = read_lines(tmp_path / "run" / "metrics.jsonl")
+    assert [line["learning_rate"] for line in lines] == pytest.approx([0, 0.03, 0.015])
+
+
 def test_secrets_go_nowhere(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not into config, checkpoints, metrics, predictions or exports."""
     for key, secret in SECRETS.items():

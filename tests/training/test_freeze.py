@@ -9,7 +9,7 @@ from umbrella_jax.errors import ConfigError, RunError
 from umbrella_jax.models import LlavaConfig, QwenConfig, SiglipConfig, abstract_params
 from umbrella_jax.models.paths import FROZEN, modality_of
 from umbrella_jax.training.freeze import as_trainable, check_state, label_params, partition
-from umbrella_jax.training.optimizer import make_optimizer, make_schedule
+from umbrella_jax.training.optimizer import make_optimizer
 
 EMBEDDINGS = "vision_tower.vision_model.embeddings."
 POST = "vision_tower.vision_model.post_layernorm."
@@ -172,7 +172,7 @@ def state_of(shapes, groups):
     labels = label_params(list(shapes), groups)
     trainable, frozen = partition({path: jnp.zeros(leaf.shape) for path, leaf in shapes.items()}, labels)
     config = TrainConfig(groups={group: GroupConfig() for group in groups})
-    opt_state = make_optimizer(config, make_schedule(config, 1), labels).init(trainable)
+    opt_state = make_optimizer(config, labels).init(trainable)
     return {"trainable": trainable, "frozen": frozen, "opt_state": opt_state}
 
 

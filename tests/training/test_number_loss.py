@@ -80,7 +80,7 @@ def test_an_update_adds_the_mean_over_numbers_to_the_cross_entropy() -> None:
     state = case.state()
     defined = jax.jit(jax.value_and_grad(defined, has_aux=True), compiler_options=QUICK)
     (_, (cross_entropy, numbers)), gradient = defined(state.trainable)
-    step = jax.jit(partial(train_step, **case.static, number_loss=config), compiler_options=QUICK)
+    step = jax.jit(partial(train_step, **case.options, number_loss=config), compiler_options=QUICK)
     new, values = step(state, case.frozen, stack(*batches))
     assert values["loss"] == pytest.approx(float(cross_entropy), rel=1e-5)
     assert values["number_loss"] == pytest.approx(float(numbers), rel=1e-4)

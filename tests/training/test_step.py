@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from tests.helpers.golden_case import golden_batch, golden_model, relative
@@ -32,6 +31,7 @@ from tests.helpers.training_case import (
 )
 from umbrella_jax.config.schema import GroupConfig, LoraConfig, TrainConfig
 from umbrella_jax.models.paths import COMPONENTS
+from umbrella_jax.training.optimizer import make_schedule
 from umbrella_jax.training.step import jit_eval_step, jit_train_step, train_step
 
 
@@ -43,9 +43,9 @@ def test_twenty_steps_change_only_trainable_parameters():
     step = step_traced_once()
     batch = stack(golden_batch())
     for _ in range(20):
-        state, _ = step(state, case.frozen, batch, **case.static)
+        state, _ = step(state, case.frozen, batch, **case.options)
     with pytest.raises(AssertionError, match="traced"):
-        step(state, case.frozen, stack(golden_batch([0])), **case.static)
+        step(state, case.frozen, stack(golden_batch([0])), **case.options)
 
     assert int(state.step) == 20
     assert as_bytes(case.frozen) == frozen_before
@@ -58,7 +58,7 @@ def test_twenty_steps_change_only_trainable_parameters():
 def one_step(batch):
     """Return metrics and trained parameters after one step of the golden case."""
     case = golden_case()
-    state, metrics = quick_step(case.state(), case.frozen, batch, **case.static)
+    state, metrics = quick_step(case.state(), case.frozen, batch, **case.options)
     return metrics, state.trainable
 
 
@@ -90,7 +90,7 @@ def test_micro_batches_add_up_to_the_whole_batch():
 def case_of_three_updates():
     """The golden case, whose learning rate is 0 from the fourth update on."""
     config, params = golden_model(remat="none")
-    return make_case(config, params, CONFIG, optax.piecewise_constant_schedule(1e-2, {3: 0.0}))
+    return make_case(config, params, CONFIG, make_schedule(CONFIG, 3))
 
 
 @pytest.mark.parametrize("entry", [False, True])
@@ -107,7 +107,7 @@ def test_absent_modality_stays_as_it_is(entry, case_of_three_updates):
     def step(state, batch):
         """Return the new state, and parameters, moments and count of each modality before and after."""
         before = parts(state)
-        state, _ = quick_step(state, case.frozen, batch, **case.static)
+        state, _ = quick_step(state, case.frozen, batch, **case.options)
         return state, before, parts(state)
 
     def parts(state):
@@ -140,7 +140,7 @@ def test_bfloat16_checkpoint_trains_in_float32():
     case = small_case(dtype="bfloat16")
     state, frozen = case.state(), as_bytes(case.frozen)
     before = to_numpy(state.trainable)
-    state, metrics = quick_step(state, case.frozen, small_batch(), **case.static)
+    state, metrics = quick_step(state, case.frozen, small_batch(), **case.options)
     assert np.isfinite(metrics["loss"])
     assert {leaf.dtype for leaf in case.frozen.values()} == {jnp.dtype("bfloat16")}
     assert as_bytes(case.frozen) == frozen
@@ -167,7 +167,7 @@ def test_other_groups_train(groups):
     before = to_numpy(state.trainable)
     assert len(before) == {"projector": 4 + 7, "vision_tower": 16 + 3, "language_model": 14}[groups[0]]
     assert all(path.startswith(prefixes) for path in before)
-    state, _ = quick_step(state, case.frozen, small_batch(), **case.static)
+    state, _ = quick_step(state, case.frozen, small_batch(), **case.options)
     assert as_bytes(case.frozen) == frozen
     assert state.trainable.keys() == before.keys()
     for path, leaf in state.trainable.items():
@@ -184,10 +184,10 @@ def test_entry_points():
     micro = jax.tree.map(lambda leaf: leaf[0], small_batch())
     evaluate = jit_eval_step().lower(state.trainable, case.frozen, micro, graphdef=case.graphdef).compile(QUICK)
     total, count = evaluate(state.trainable, case.frozen, micro)
-    lowered = jit_train_step().lower(state, case.frozen, small_batch(), **case.static)
+    lowered = jit_train_step().lower(state, case.frozen, small_batch(), **case.options)
     for part, given_away in zip(lowered.args_info[0], (True, False, False), strict=True):
         assert {leaf.donated for leaf in jax.tree.leaves(part)} == {given_away}
-    new, metrics = lowered.compile(QUICK)(state, case.frozen, small_batch())
+    new, metrics = lowered.compile(QUICK)(state, case.frozen, small_batch(), schedule=case.schedule)
     assert int(count) == metrics["supervised_tokens"] == 12
     np.testing.assert_allclose(float(total) / int(count), metrics["loss"], rtol=1e-6)
     assert all(leaf.is_deleted() for leaf in state.trainable.values())
@@ -214,7 +214,8 @@ def matrix_shapes(params):
 
 
 def program(case):
-    return list(equations(jax.make_jaxpr(partial(train_step, **case.static))(case.state(), case.frozen, small_batch())))
+    step = partial(train_step, **case.options)
+    return list(equations(jax.make_jaxpr(step)(case.state(), case.frozen, small_batch())))
 
 
 def computed(case):

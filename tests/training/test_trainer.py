@@ -41,16 +41,13 @@ from umbrella_jax.training.trainer import (
 
 STEPS = 5
 VALUES = {"loss", "grad_norm", "learning_rate", "supervised_tokens", "step_seconds", "wait_seconds"}
-SCHEDULE = make_schedule(CONFIG, STEPS)
-
-
 MESH = make_mesh(MeshConfig(), devices=jax.devices()[:1])
 
 
 @pytest.fixture(scope="module")
 def case():
     """Return one case for all tests, so that the step compiles once."""
-    return small_case()
+    return replace(small_case(), schedule=make_schedule(CONFIG, STEPS))
 
 
 def placed(state):
@@ -96,7 +93,7 @@ def run(case, tmp_path, monkeypatch):
             graphdef=case.graphdef,
             frozen=case.frozen,
             optimizer=case.optimizer,
-            schedule=SCHEDULE,
+            schedule=case.schedule,
             mesh=MESH,
         )
         try:
@@ -157,7 +154,7 @@ def test_the_loop_is_the_steps_one_by_one(case, start, run):
     result = run(start, map(small_batch, range(STEPS)))
     state, losses = placed(case.state()), []
     for i in range(STEPS):
-        state, values = quick_step(state, case.frozen, put_batch(small_batch(i), MESH, axis=1), **case.static)
+        state, values = quick_step(state, case.frozen, put_batch(small_batch(i), MESH, axis=1), **case.options)
         losses.append(float(values["loss"]))
     assert [line["loss"] for line in result.lines] == losses
     assert as_bytes(result.state) == as_bytes(state)

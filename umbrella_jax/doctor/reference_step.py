@@ -12,13 +12,12 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from umbrella_jax.batch import Batch
 from umbrella_jax.config.schema import ModalityConfig, TrainConfig
 from umbrella_jax.models import LlavaConfig, QwenConfig, SiglipConfig, abstract_params, native_backend
 from umbrella_jax.training.freeze import as_trainable, label_params, partition
-from umbrella_jax.training.optimizer import make_optimizer
+from umbrella_jax.training.optimizer import make_optimizer, make_schedule
 from umbrella_jax.training.step import init_state, jit_train_step
 
 LOSS, GRAD_NORM = 3.8166556129819407, 2.217119256535518
@@ -135,9 +134,11 @@ def take_step(device: jax.Device) -> StepResult:
     params = {path: jax.device_put(leaf, device) for path, leaf in make_params().items()}
     labels = label_params(list(params), ["patch_embed"])
     trainable, frozen = partition(params, labels)
-    optimizer = make_optimizer(TrainConfig(), optax.constant_schedule(1e-3), labels)
+    train = TrainConfig(learning_rate=1e-3, schedule="constant")
+    optimizer = make_optimizer(train, labels)
     state = jax.device_put(init_state(as_trainable(trainable), optimizer), device)
     batch = jax.device_put(jax.tree.map(lambda leaf: leaf[None], make_batch()), device)
-    _, metrics = jit_train_step()(state, frozen, batch, graphdef=abstract_params(config)[0], optimizer=optimizer)
+    options = {"schedule": make_schedule(train, 1), "graphdef": abstract_params(config)[0], "optimizer": optimizer}
+    _, metrics = jit_train_step()(state, frozen, batch, **options)
     loss, norm = (float(jnp.asarray(metrics[name])) for name in ("loss", "grad_norm"))
     return StepResult(loss, norm, time.monotonic() - start)

@@ -39,7 +39,6 @@ from umbrella_jax.training.compiler import choose_loop
 from umbrella_jax.training.optimizer import make_optimizer, make_schedule
 from umbrella_jax.training.step import init_state, jit_train_step
 
-_UPDATES = 1000  # of the schedule, which changes no program
 _TORUS = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2}
 """Dimensions of a TPU's slices."""
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -153,7 +152,7 @@ def compile_step(
     graphdef, shapes = abstract_params(model)
     labels = freeze.label_params(list(shapes), list(config.train.groups))
     trainable, frozen = freeze.partition(shapes, labels)
-    optimizer = make_optimizer(config.train, make_schedule(config.train, _UPDATES), labels)
+    optimizer = make_optimizer(config.train, labels)
     state = jax.eval_shape(partial(init_state, optimizer=optimizer), _placed(trainable, "float32", target))
     state = jax.tree.map(
         lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), state, shardings(state, target)
@@ -167,9 +166,9 @@ def compile_step(
     batch = abstract_batch(_batch(config, model, batch_size, work), target, axis=1)
     step = jit_train_step(target.devices.flat[0])
     with jax.set_mesh(target):
-        lowered = step.lower(
-            *(state, weights, batch), graphdef=graphdef, optimizer=optimizer, number_loss=config.train.number_loss
-        )
+        options = {"optimizer": optimizer, "number_loss": config.train.number_loss}
+        options |= {"schedule": make_schedule(config.train, 1), "graphdef": graphdef}
+        lowered = step.lower(state, weights, batch, **options)
         if platform != "gpu":
             return compile_lowered(lowered, _libtpu(), hlo=hlo)
         program = compile_lowered(lowered, gpu_target.compiler_version(), options=gpu_target.OPTIONS, hlo=hlo)

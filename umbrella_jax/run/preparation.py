@@ -107,8 +107,9 @@ class Shared:
     """Empty if the data differ, and so are `inputs`."""
     inputs: Inputs
     optimizer: optax.GradientTransformationExtraArgs
-    num_steps: int
+    loop: LayerLoop
     compiled_shapes: set[Any]
+    """For steps with this loop."""
 
 
 @dataclass(frozen=True)
@@ -131,8 +132,8 @@ class Prepared:
         """What a run with another seed can use again."""
         evaluation = self.data.evaluation
         datasets = {"train": self.data.train_set} | ({"eval": evaluation.dataset} if evaluation else {})
-        training = self.training
-        return Shared(datasets, self.data.inputs, training.optimizer, training.num_steps, training.compiled_shapes)
+        training, loop = self.training, self.model.config.layers
+        return Shared(datasets, self.data.inputs, training.optimizer, loop, training.compiled_shapes)
 
 
 def check(config: RunConfig) -> tuple[Path, Mesh]:
@@ -246,9 +247,7 @@ def prepare(
     num_steps = plan.num_steps(config.train.epochs)
     loop, loop_reason = _choose_loop(config, mesh, plan, num_steps)
     model = replace(model, layers=loop)
-    schedule = make_schedule(config.train, num_steps)
-    same = shared if shared and shared.num_steps == num_steps else None
-    optimizer = same.optimizer if same else make_optimizer(config.train, schedule, labels)
+    optimizer = shared.optimizer if shared else make_optimizer(config.train, labels)
     state = init_state(freeze.as_trainable(trainable), optimizer)
     state = jax.device_put(state, shardings(state, mesh))
     with raise_together():
@@ -267,9 +266,9 @@ def prepare(
             graphdef=abstract_params(model)[0],
             frozen=frozen,
             optimizer=optimizer,
-            schedule=schedule,
+            schedule=make_schedule(config.train, num_steps),
             mesh=mesh,
-            compiled_shapes=same.compiled_shapes if same else set(),
+            compiled_shapes=shared.compiled_shapes if shared and shared.loop == loop else set(),
         ),
         summary=summary,
         meta={

@@ -175,7 +175,8 @@ def _programs(
             batch = empty_batch(run.data.train_set, shape, accumulate_steps=config.train.accumulate_steps)
             arguments = state, frozen, abstract_batch(batch, mesh, axis=1)
             options = {"optimizer": run.training.optimizer, "number_loss": config.train.number_loss}
-            lowered = jit_train_step(*chosen).lower(*arguments, graphdef=graphdef, **options)
+            options |= {"schedule": run.training.schedule, "graphdef": graphdef}
+            lowered = jit_train_step(*chosen).lower(*arguments, **options)
             yield "step", shape, compile_or_refuse(lowered)
         if run.data.evaluation is None:
             return

@@ -18,7 +18,7 @@ from umbrella_jax.errors import visible
 from umbrella_jax.models import LlavaConfig, abstract_params, native_backend
 from umbrella_jax.models.paths import COMPONENTS, FROZEN, component_of
 from umbrella_jax.training import freeze
-from umbrella_jax.training.optimizer import make_optimizer, make_schedule
+from umbrella_jax.training.optimizer import make_optimizer
 from umbrella_jax.training.step import TrainState, init_state
 
 _LISTED = 20
@@ -192,7 +192,7 @@ def summarize_parameters(
     _, shapes = abstract_params(model)
     labels = freeze.label_params(list(shapes), list(config.train.groups))
     trainable, frozen = freeze.partition(shapes, labels)
-    optimizer = make_optimizer(config.train, make_schedule(config.train, 1), labels)
+    optimizer = make_optimizer(config.train, labels)
     state = jax.eval_shape(lambda: init_state(jax.tree.map(jnp.zeros_like, trainable), optimizer))
     checks = freeze.check_state(
         config.train.groups, shapes, trainable=state.trainable, frozen=frozen, opt_state=state.opt_state

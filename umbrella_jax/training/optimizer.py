@@ -2,13 +2,16 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, no_type_check
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from jaxtyping import Array, Bool
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float32
 
 from umbrella_jax.config.schema import ScheduleName, TrainConfig
 from umbrella_jax.models.paths import FROZEN, modality_of
@@ -19,24 +22,52 @@ def warmup_updates(config: TrainConfig, num_steps: int) -> int:
     return config.warmup_steps or math.ceil(num_steps * config.warmup_ratio)
 
 
-def make_schedule(config: TrainConfig, num_steps: int) -> optax.Schedule:
-    """Return the learning rate by the number of updates before: a linear warm-up from 0, then `config.schedule`.
+@no_type_check  # jax also builds it with shapes or tracers as fields
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """The learning rate by the number of updates before: a linear warm-up from 0, then `name`.
 
     These are Hugging Face's `linear`, `cosine` and `constant_with_warmup`. The first update has count 0, so a warm-up
-    starts with a rate of 0, as theirs does.
-
-    Args:
-        num_steps: the planned updates, of which the last has count `num_steps` - 1.
+    starts with a rate of 0, as theirs does. The numbers are arguments of the compiled step, which therefore serves
+    every learning rate and every number of updates.
     """
-    warmup, peak = warmup_updates(config, num_steps), config.learning_rate
-    rest = max(num_steps - warmup, 1)
-    cosine = optax.cosine_decay_schedule(peak, rest)
-    after: dict[ScheduleName, optax.Schedule] = {
-        "linear": optax.linear_schedule(peak, 0.0, rest),
-        "cosine": lambda count: cosine(jnp.asarray(count, jnp.float32)),  # optax mixes the types
-        "constant": optax.constant_schedule(peak),
-    }
-    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after[config.schedule]], [warmup])
+
+    name: ScheduleName = field(metadata={"static": True})
+    peak: Float32[np.ndarray, ""]
+    """Learning rate after the warm-up."""
+    warmup: Float32[np.ndarray, ""]
+    """Updates of the warm-up."""
+    num_steps: Float32[np.ndarray, ""]
+    """Planned updates, of which the last has count `num_steps` - 1."""
+
+    def __call__(self, count: ArrayLike) -> Float32[Array, "..."]:
+        """Return the learning rate of each count."""
+        count = jnp.asarray(count, jnp.float32)
+        progress = jnp.clip((count - self.warmup) / jnp.maximum(self.num_steps - self.warmup, 1), 0, 1)
+        after = {
+            "linear": 1 - progress,
+            "cosine": (1 + jnp.cos(jnp.pi * progress)) / 2,
+            "constant": jnp.ones_like(progress),
+        }
+        return jnp.where(count < self.warmup, count / jnp.maximum(self.warmup, 1), after[self.name]) * self.peak
+
+
+def make_schedule(config: TrainConfig, num_steps: int) -> Schedule:
+    """Return the schedule of a run of `num_steps` planned updates."""
+    warmup = warmup_updates(config, num_steps)
+    numbers = {"peak": config.learning_rate, "warmup": warmup, "num_steps": num_steps}
+    return Schedule(name=config.schedule, **{name: np.array(number, np.float32) for name, number in numbers.items()})
+
+
+def _scale_by_schedule() -> optax.GradientTransformationExtraArgs:
+    """Return `optax.scale_by_learning_rate` of the schedule that is an argument of `update`."""
+
+    def update(updates: Any, state: Any, params: Any = None, *, schedule: optax.Schedule, **_: Any) -> tuple[Any, Any]:
+        result: tuple[Any, Any] = optax.scale_by_learning_rate(schedule).update(updates, state, params)
+        return result
+
+    return optax.GradientTransformationExtraArgs(optax.scale_by_learning_rate(lambda count: count).init, update)
 
 
 def only_when_present(inner: optax.GradientTransformation, modality: str) -> optax.GradientTransformationExtraArgs:
@@ -64,14 +95,12 @@ def _decays(path: str) -> bool:
     return not path.endswith("bias") and not is_norm
 
 
-def make_optimizer(
-    config: TrainConfig, schedule: optax.Schedule, labels: Mapping[str, str]
-) -> optax.GradientTransformationExtraArgs:
+def make_optimizer(config: TrainConfig, labels: Mapping[str, str]) -> optax.GradientTransformationExtraArgs:
     """Return AdamW (Loshchilov & Hutter 2019) with a rate factor and weight decay for each group.
 
-    Its `update` takes `present`, {modality: bool []}: whether a conversation of the step shows the modality. A modality
-    without an entry is not shown. Gradients may be those of the trainable parameters, as in the step, or of all
-    parameters; updates of frozen ones are then zero.
+    Its `update` takes two more arguments: `schedule`, and `present`, {modality: bool []}: whether a conversation of the
+    step shows the modality. A modality without an entry is not shown. Gradients may be those of the trainable
+    parameters, as in the step, or of all parameters; updates of frozen ones are then zero.
 
     Args:
         labels: the label of every parameter (`freeze.label_params`).
@@ -96,5 +125,5 @@ def make_optimizer(
             lambda params: {path: labels[path] for path in params},
         ),
         # outside the groups, so that the schedule counts the run's updates, not those that show a modality
-        optax.scale_by_learning_rate(schedule),
+        _scale_by_schedule(),
     )

@@ -19,6 +19,7 @@ from umbrella_jax.models import Params, merge
 from umbrella_jax.sharding import constrain
 from umbrella_jax.training.compiler import compiler_options
 from umbrella_jax.training.loss import LossSums, loss_sum, loss_sums
+from umbrella_jax.training.optimizer import Schedule
 
 
 @no_type_check  # jax also builds it with shapes, shardings or None as fields
@@ -51,6 +52,7 @@ def train_step(
     frozen: Params,
     batch: Batch,
     *,
+    schedule: Schedule,
     graphdef: nnx.GraphDef,
     optimizer: optax.GradientTransformationExtraArgs,
     number_loss: NumberLossConfig | None = None,
@@ -60,6 +62,7 @@ def train_step(
     The gradient is the sum of the micro-batches' gradients of their summed loss, divided by the number of supervised
     tokens in all of them; with `number_loss`, the mean over their numbers is added with its weight. If a loss or the
     gradient norm are not finite, parameters and optimiser state stay as they are, and the update counts as skipped.
+    The learning rate follows the count of the optimiser, which skipped updates do not advance.
 
     Returns:
         The new state, and {loss (cross entropy), grad_norm (before clipping), supervised_tokens}; with `number_loss`
@@ -89,7 +92,7 @@ def train_step(
     grads = optax.tree.scale(1 / sums.tokens, grads)
     # A batch may have volumes of a modality that none of its conversations shows: they are padding.
     present = merge(graphdef, state.trainable | frozen).shown(batch)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable, present=present)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable, present=present, schedule=schedule)
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(sums.cross_entropy) & jnp.isfinite(norm)
     trainable, opt_state = jax.tree.map(

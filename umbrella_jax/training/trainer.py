@@ -42,6 +42,7 @@ from umbrella_jax.rundir import Line, Say, evaluations, read_metrics, stopped_ea
 from umbrella_jax.sharding import put_batch
 from umbrella_jax.training.checkpoint import Checkpoints
 from umbrella_jax.training.diagnose import first_nonfinite, weights_error
+from umbrella_jax.training.optimizer import Schedule
 from umbrella_jax.training.step import TrainState, jit_train_step
 
 
@@ -54,10 +55,10 @@ class TrainingRun:
     graphdef: nnx.GraphDef
     frozen: Params
     optimizer: optax.GradientTransformationExtraArgs
-    schedule: optax.Schedule
+    schedule: Schedule
     mesh: Mesh
     compiled_shapes: set[Any] = field(default_factory=set)
-    """Batch shapes for which the step is compiled. `fit` adds to it; runs with the same optimizer share it."""
+    """Batch shapes for which the step is compiled. `fit` adds to it; runs with one optimizer and model share it."""
 
 
 @dataclass(kw_only=True)
@@ -123,9 +124,8 @@ def fit(
     """
     start, skipped = int(state.step), int(state.skipped)
     static = {"graphdef": run.graphdef, "optimizer": run.optimizer, "number_loss": run.config.number_loss}
-    train_step = partial(jit_train_step(), **static)
-    # All rates at once, since each call takes a millisecond.
-    rates = np.broadcast_to(run.schedule(np.arange(run.num_steps)), run.num_steps)
+    train_step = partial(jit_train_step(), schedule=run.schedule, **static)
+    rates = np.asarray(run.schedule(np.arange(run.num_steps)))  # all at once, since each call takes a millisecond
 
     def next_batch() -> Batch:
         return put_batch(next(batches), run.mesh, axis=1)
