@@ -126,7 +126,7 @@ def section(name: str, **values: Any) -> Callable[[Record], None]:
         (section("model.modalities.T1", mode="pad", spacing=0), ["T1: spacing: expected 0.001 to 1000 mm, got 0.0"]),
         (section("model.modalities.rsfMRI", mode="resize"), ["rsfMRI: mode resize: expected pad for 4D volumes"]),
         (section("model.modalities.rsfMRI", spacing=2), ["rsfMRI: spacing 2.0: only 3D volumes with mode pad"]),
-        (section("", seed=-1), ["seed: expected 0 or more, got -1"]),
+        (section("", seed=-1), ["seed: expected 0 to 4,294,967,295, got -1"]),
         (section("model", remat="partial"), ["model.remat", "'none', 'mlp' or 'full'"]),
         (section("model", attention="flash"), ["model.attention", "'auto', 'xla', 'cudnn' or 'splash'"]),
         (section("model", attention="splash"), ["model.attention: splash is for TPUs", "expected auto or xla"]),
