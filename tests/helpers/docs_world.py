@@ -49,15 +49,14 @@ EPOCHS = 8  # of 10 conversations in batches of 2: 40 steps
 
 
 def _configs(folder: Path) -> None:
-    """The YAMLs of configs/ as they are, but for sizes, base, length, types, which CPUs do slowly, and a constant
-    rate."""
+    """The YAMLs of configs/ as they are, but for sizes, base, length, and types, which CPUs do slowly."""
     folder.mkdir()
     for file in (ROOT / "configs").glob("*.yaml"):
         settings = read_config(file)
         for name, modality in settings["model"]["modalities"].items():
             modality |= {key: MODALITIES[name][key] for key in ("size", "patch")}
         settings["model"] |= {"base": "LLAVA_DIR", "compute_dtype": "float32", "frozen_dtype": "auto"}
-        settings["train"] |= {"epochs": EPOCHS, "max_new_tokens": 8, "schedule": "constant"}  # "female." takes five
+        settings["train"] |= {"epochs": EPOCHS, "max_new_tokens": 8}  # "female." takes five
         write_config(folder / file.name, settings)
 
 
