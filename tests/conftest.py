@@ -9,7 +9,7 @@ from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import pytest
@@ -17,6 +17,9 @@ from jaxtyping import config, install_import_hook
 from packaging.version import Version
 
 from umbrella_jax import tpu
+
+if TYPE_CHECKING:
+    from tests.helpers.devtools import Browser
 
 # Before anything asks jax for its devices. Tests in tests/test_sharding.py assert that there are eight.
 _FLAGS = [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]
@@ -88,6 +91,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Sort the long files first."""
     places = {Path(__file__).parent / name: place for place, name in enumerate(LONG)}
     items.sort(key=lambda item: places.get(item.path, len(LONG)))
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Iterator["Browser"]:
+    """A browser for all pages; each test opens tabs of its own."""
+    from tests.helpers.devtools import Browser
+
+    with Browser() as running:
+        yield running
 
 
 @pytest.fixture(scope="session", autouse=True)

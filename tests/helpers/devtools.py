@@ -314,3 +314,16 @@ class Tab:
             assert time.monotonic() < end, f"waited in vain for {name}; errors: {self.errors}"
             self._browser.receive(0.05)
         return value
+
+
+def check_page(browser: Browser, page: Path) -> None:
+    """Open a page of a command on a wide and a narrow screen, by day and by night, and assert that it is readable,
+    accessible and quiet, that its first scan opens if it has one, and that nothing outside the machine is asked for."""
+    for width, dark in ((1280, False), (400, True)):
+        with browser.open(page.as_uri(), width=width, dark=dark) as tab:
+            assert tab.evaluate("document.documentElement.scrollWidth") == width
+            if tab.evaluate("document.querySelector('.scan[data-volume]') !== null"):
+                tab.evaluate("document.querySelector('.scan[data-volume]').scrollIntoView({behavior: 'instant'})")
+                tab.wait("document.querySelector('.scan.is-open')")
+            assert not (violations := tab.accessibility()), "\n".join(violations)
+            assert (tab.errors, tab.outside) == ([], [])

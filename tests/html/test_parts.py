@@ -1,18 +1,24 @@
-"""Shared parts of pages, used in a real browser: tables, charts, volumes to scroll through."""
+"""Shared parts of pages, used in a real browser: tables, charts, scans to scroll through."""
 
+import base64
+import gzip
 import re
 from collections.abc import Callable
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 
 from tests.helpers import browser
+from tests.helpers.devtools import Browser
 from umbrella_jax.html.charts import count_table, histogram_of
+from umbrella_jax.html.curves import line_chart
+from umbrella_jax.html.mosaics import MOST_SLICES, draw_mosaics
 from umbrella_jax.html.page import render_page
+from umbrella_jax.html.scan_panels import EmbeddedScan, PageScans, crosshair, embed_map, embed_scan
 from umbrella_jax.html.slices import stack_slices
 from umbrella_jax.html.tables import DataTable, TableCell, TableColumn
-from umbrella_jax.html.viewer import MOST_SLICES, slice_viewer
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>'\""
 COLUMNS = (TableColumn("file"), TableColumn("set", "choice"), TableColumn("largest voxel", "number"))
@@ -23,23 +29,25 @@ ROWS = (
     (HOSTILE, HOSTILE, TableCell("many", key=1e6, severity="warning")),
 )
 TEMPLATE = """{% extends "pages.html" %}
-{% from "parts.html" import data_table, count_table, histogram, slice_viewer %}
-{% block body %}
+{% from "parts.html" import data_table, count_table, histogram, line_chart, scan_panel %}
+{% block title %}parts{% endblock %}
+{% block body %}<main><h1>Parts</h1>
 {% if table %}{{ data_table(table) }}{% endif %}
 {% for plot in plots %}{{ histogram(plot) }}{% endfor %}
 {% if counts %}{{ count_table(counts) }}{% endif %}
-{% if viewer %}<div id="volume">{{ slice_viewer(viewer) }}</div>{% endif %}
-{% endblock %}"""
+{% if chart %}{{ line_chart(chart) }}{% endif %}
+{% for panel in panels %}{% call scan_panel(panel) %}<p>picture</p>{% endcall %}{% endfor %}
+</main>{% endblock %}"""
 
 
 @pytest.fixture
 def write(tmp_path: Path) -> Callable[..., Path]:
-    """`write(table=…, plots=…, counts=…, viewer=…)` writes a page with a script."""
+    """`write(table=…, plots=…, counts=…, chart=…, panels=…, scans=…)` writes a page with a script."""
 
     def make(**parts: object) -> Path:
         (tmp_path / "template.html").write_text(TEMPLATE)
-        values = {"table": None, "plots": [], "counts": None, "viewer": None, **parts}
-        render_page(tmp_path / "template.html", tmp_path / "page.html", script=True, **values)
+        values = {"table": None, "plots": [], "counts": None, "chart": None, "panels": [], "scans": None, **parts}
+        render_page(tmp_path / "template.html", tmp_path / "page.html", script=True, **values)  # type: ignore[arg-type]
         return tmp_path / "page.html"
 
     return make
@@ -111,70 +119,178 @@ def test_long_tables_show_their_first_rows(write: Callable[..., Path]) -> None:
     ]
 
 
-def test_the_policy_allows_the_script_of_the_page_and_no_other(write: Callable[..., Path]) -> None:
-    page = write(table=DataTable("volumes", HOSTILE, COLUMNS, ROWS), viewer=volume_viewer(HOSTILE))
-    dumped = browser.dump(page, until="<canvas")
-    assert 'class="controls"' in dumped
-    assert "<canvas" in dumped
+def test_ranges_filter_numbers(write: Callable[..., Path]) -> None:
+    columns = (TableColumn("file"), TableColumn("confidence", "range"))
+    rows = [("a", 0.25), ("b", 0.75), ("c", None)]
+    result = browser.evaluate(
+        write(table=DataTable("answers", "All answers", columns, rows)),
+        """
+        const rows = () => [...document.querySelectorAll("tbody th")].map(cell => cell.innerText);
+        const [from, to] = document.querySelectorAll("input[type=number]");
+        const fire = (field, value) => { field.value = value; field.dispatchEvent(new Event("input")); return rows(); };
+        return [rows(), fire(from, "0.5"), fire(from, ""), fire(to, "0.25"), from.getAttribute("aria-label")];
+        """,
+    )
+    assert result == [["a", "b", "c"], ["b"], ["a", "b", "c"], ["a"], "confidence from"]
+
+
+def brightening(frames: int = 0) -> np.ndarray:
+    """A volume that gets brighter towards the patient's left, front and top, and from frame to frame."""
+    x, y, z = np.indices((20, 24, 30))
+    volume = (x / 19 + y / 2.3 + 10 * z).astype(np.float32)
+    return volume if not frames else volume[..., None] + 1000 * np.arange(frames, dtype=np.float32)
+
+
+def test_scans_open_in_panels(write: Callable[..., Path], chromium: Browser) -> None:
+    scans, volume = PageScans(), brightening(3)
+    over = embed_map(np.where(volume[..., 0] > 150, 1.0, -0.5), "LAS", (1, 1, 2), limit=1.0, unit="nats")
+    panels = [
+        scans.panel(HOSTILE, embed_scan(volume, "LAS", (1, 1, 2)), over, crosshair((2, 4, 6), volume.shape, "LAS")),
+        scans.panel("no header", embed_scan(brightening(), None, None)),
+    ]
+    page = write(panels=panels, scans=scans)
+    for width, dark in ((1280, False), (400, True)):
+        with chromium.open(page.as_uri(), width=width, height=1800, dark=dark) as tab:
+            tab.wait("document.querySelectorAll('.scan.is-open').length == 2")
+            assert tab.accessibility() == []
+            assert tab.evaluate("document.documentElement.scrollWidth") == width
+            assert tab.evaluate("getComputedStyle(document.querySelector('.pictures')).display") == "none"
+            assert (tab.errors, tab.outside) == ([], [])
+            if dark:
+                continue
+            readout = ".panel-readout"
+            place, value, over_it = tab.text(readout).split(" · ")
+            assert (place, over_it) == ("x, y, z: 7.5, -7.5, -17.0 mm from the centre", "map -0.5 nats")
+            assert abs(float(value.removeprefix("value ")) - volume[2, 4, 6, 0]) < np.ptp(volume[..., 0]) / 255
+            names = tab.evaluate(
+                "[...document.querySelector('.panel').querySelectorAll('.slider')].map(e => e.innerText)"
+            )
+            assert names[:4] == [
+                "sagittal, R to L\n3 of 20",
+                "coronal, P to A\n5 of 24",
+                "axial, I to S\n7 of 30",
+                "frame\n1 of 3",
+            ]
+            tab.evaluate("document.querySelector('.panel canvas').focus()")
+            for key in ("ArrowRight", "ArrowUp", "]"):
+                tab.press(key)
+            assert tab.text(readout).startswith("x, y, z: 6.5, -7.5, -15.0 mm from the centre · value 107")
+            tab.press("r")
+            assert value in tab.text(readout)
+            tab.choose(".panel .slider:nth-child(3) input", "20")
+            assert "map 1 nats" in tab.text(readout)
+            pixels = "const c = document.querySelector('.panel canvas'), n = c.width * c.height * 4; "
+            count = f"""new Promise((done) => requestAnimationFrame(() => {{
+              const panel = openPanels.get(document.querySelector('.scan')); panel.nv.drawScene(); {pixels}
+              const gl = c.getContext('webgl2'), all = new Uint8Array(n);
+              gl.readPixels(0, 0, c.width, c.height, gl.RGBA, gl.UNSIGNED_BYTE, all);
+              let [red, blue] = [0, 0];
+              for (let i = 0; i < n; i += 4) {{
+                red += all[i] > all[i + 2] + 40;
+                blue += all[i + 2] > all[i] + 40 && all[i] < 90;
+              }}
+              done([red, blue]);
+            }}))"""
+            red, blue = tab.evaluate(count)
+            assert min(red, blue) > 2000
+            tab.choose(".panel .slider:nth-child(7) input", "60")  # the map is -0.5 where it is below 0
+            assert tab.evaluate(count)[0] > 2000 > 20 * tab.evaluate(count)[1]
+            assert "orientation unknown" in tab.evaluate("document.querySelectorAll('.panel-readout')[1].textContent")
+
+
+def test_pages_without_webgl_keep_their_pictures(write: Callable[..., Path], chromium: Browser) -> None:
+    scans = PageScans()
+    page = write(panels=[scans.panel(HOSTILE, embed_scan(brightening(), "LAS", None))], scans=scans)
+    with chromium.open("about:blank") as tab:
+        tab.call("Page.addScriptToEvaluateOnNewDocument", source="HTMLCanvasElement.prototype.getContext = () => null")
+        tab.go(page.as_uri())
+        tab.wait("document.body.innerText.includes('Pictures only: this browser has no WebGL 2')")
+        assert tab.evaluate("document.querySelector('.pictures').checkVisibility()")
+        assert tab.evaluate("document.querySelector('.panel')") is None
+    plain = page.with_name("plain.html")
+    plain.write_text(page.read_text().split("<script>")[0])
+    assert ">picture<" in browser.dump(plain)
+
+
+def test_the_policy_allows_the_scripts_of_the_page_and_no_other(write: Callable[..., Path]) -> None:
+    page = write(table=DataTable("volumes", HOSTILE, COLUMNS, ROWS))
+    assert 'class="controls"' in browser.dump(page)
     assert page.read_text().count("<script") == 1
+    assert "niivue" not in page.read_text().split("<script>")[0], "only pages that show scans contain NiiVue"
     intruder = page.with_name("intruder.html")
     intruder.write_text(page.read_text().replace("</body>", "<script>document.title = 'intruder'</script></body>"))
     assert "<title>intruder" not in browser.dump(intruder)
+    assert "'unsafe-inline'" not in page.read_text()
 
 
-def volume_viewer(title: str) -> object:
-    """Return the viewer of a volume that gets brighter towards the patient's left, front and top."""
-    x, y, z = np.indices((20, 24, 30))
-    return slice_viewer(title, (200 * x / 20 + 20 * y / 24 + 40 * z / 30).astype(np.float32), "LAS", (1, 1, 1))
+@pytest.mark.parametrize("codes", ["LAS", "SPR", None])
+def test_embedded_scans_keep_voxels_and_sides(codes: str | None) -> None:
+    volume = brightening(2)
+    content = base64.b64decode(embed_scan(volume, codes, (1, 2, 3), 2.5).content)
+    image = nib.Nifti1Image.from_bytes(gzip.decompress(content))
+    low, high = np.percentile(volume[..., 0], (0.5, 99.5))
+    np.testing.assert_allclose(image.get_fdata(), volume, atol=(high - low) / 255)
+    assert image.header.get_zooms() == (1, 2, 3, 2.5)
+    if codes is None:
+        assert (image.header["sform_code"], image.header["qform_code"]) == (0, 0)
+    else:
+        assert "".join(nib.aff2axcodes(image.affine)) == codes
+        np.testing.assert_allclose(nib.affines.apply_affine(image.affine, [9.5, 11.5, 14.5]), 0)
 
 
-def test_volumes_scroll(write: Callable[..., Path]) -> None:
-    page = write(viewer=volume_viewer("sub-1"))
-    result = browser.evaluate(
-        page,
-        """
-        while (document.querySelectorAll("canvas").length < 3) await new Promise(done => setTimeout(done, 20));
-        await new Promise(done => setTimeout(done, 200));
-        return [...document.querySelectorAll(".plane")].map(plane => {
-          const numbers = [...Array(Number(plane.querySelector("input").max) + 1).keys()];
-          const [slider, canvas] = [plane.querySelector("input"), plane.querySelector("canvas")];
-          const mean = (i) => {
-            slider.value = i;
-            slider.dispatchEvent(new Event("input"));
-            const pixels = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data;
-            const isLeft = (k) => (k / 4) % canvas.width < canvas.width / 2;
-            const half = (left) => pixels.filter((_, k) => k % 4 == 0 && isLeft(k) == left)
-              .reduce((a, b) => a + b) / pixels.length * 8;
-            return [half(true), half(false)];
-          };
-          const first = mean(0), label = slider.getAttribute("aria-valuetext");
-          const all = numbers.map(i => mean(i).reduce((a, b) => a + b));
-          return {all, first, label, max: Number(slider.max), text: plane.innerText.replaceAll("\\n", " "),
-                  alt: canvas.getAttribute("aria-label"), plain: document.querySelector("figure img").hidden};
-        });
-        """,
-    )
-    axial, coronal, sagittal = result
-    assert [plane["max"] for plane in result] == [29, 23, 19]  # every slice
-    assert (axial["label"], axial["alt"]) == ("axial 1 of 30", "axial 30 of 30: sub-1")
-    assert axial["text"].startswith("A R L P")
-    assert "I to S" in axial["text"]
-    for plane in (axial, coronal):
-        assert plane["first"][1] > plane["first"][0] + 40  # the patient's left is at the right
-        assert (np.diff(plane["all"]) > -1).all()  # towards top and front; JPEG rounds
-        assert plane["all"][-1] > plane["all"][0] + 15
-    assert (np.diff(sagittal["all"]) < -10).all()  # from left to right
-    assert all(plane["plain"] for plane in result)
+def test_scans_beyond_the_limit_stay_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    scan = embed_scan(brightening(), "LAS", None)
+    size = len(scan.content)
+    scans = PageScans(limit=size + 10)
+    assert scans.panel("a", scan).volume == scans.panel("a again", scan).volume == "scan-1"
+    assert scans.panel("b", embed_scan(brightening() ** 2, "LAS", None)).volume == ""
+    assert scans.panel("c", EmbeddedScan("")).volume == ""
+    assert scans.summary().endswith("2 scans more did not fit: pictures only.")
+    monkeypatch.setattr("umbrella_jax.html.scan_panels.SCAN_LIMIT", 2 * size)
+    assert embed_scan(brightening(40), "LAS", None).note == "the first 2 of 40 frames"
 
 
 def test_long_axes_are_shown_at_even_distances() -> None:
     stacks = stack_slices(np.zeros((5, 6, 300)), None, None)
-    mosaics = slice_viewer("a", np.zeros((5, 6, 300)), None, None).mosaics
+    mosaics = draw_mosaics(np.zeros((5, 6, 300)), None, None)
     assert [stack.name for stack in stacks] == [mosaic.name for mosaic in mosaics]
     numbers = mosaics[0].numbers
     assert len(numbers) == MOST_SLICES
     assert (numbers[0], numbers[-1], mosaics[0].length) == (0, 299, 300)
     assert set(np.diff(numbers)) == {2, 3}
+
+
+def test_curves_are_read_smoothed_and_logarithmic(write: Callable[..., Path], chromium: Browser) -> None:
+    loss = [(step, 100.0 if step % 2 else 1.0) for step in range(1, 101)]
+    curves = {HOSTILE: loss, "evaluation": [(50, 3.0), (100, 2.0)]}
+    chart = line_chart("loss", curves, text="ends", last=100, chance={"evaluation": 5.0}, few=False)
+    assert (chart.x(0), chart.x(100)) == (chart.left, chart.right)
+    assert (chart.y(chart.linear.low), chart.y(chart.linear.high)) == (chart.bottom, chart.top)
+    page = write(chart=chart)
+    assert page.read_text().count('class="stroke-1 level"') == 1, "chance, also without the script"
+    with chromium.open(page.as_uri()) as tab:
+        assert tab.text(".chart-values") == f"step 100: {HOSTILE} 1.000, evaluation 2.000"
+        tab.choose(".curves .controls input", "48")
+        assert tab.text(".chart-values") == f"step 49: {HOSTILE} 100.0, evaluation 3.000 (step 50)"
+        before = tab.evaluate("document.querySelector('.lines').innerHTML")
+        tab.click("input[type=checkbox]")
+        logarithmic = tab.evaluate("document.querySelector('.lines').innerHTML")
+        tab.choose(".curves label input[type=range]", "0.98")
+        smooth = float(tab.text(".chart-values").split(HOSTILE)[1].split(",")[0])
+        assert 45 < smooth < 60, "the mean of 1 and 100"
+        assert len({before, logarithmic, tab.evaluate("document.querySelector('.lines').innerHTML")}) == 3
+        assert (tab.accessibility(), tab.errors) == ([], [])
+
+
+def test_evaluations_start_at_zero_and_few_points_have_marks() -> None:
+    chart = line_chart("evaluation: mae", {"age": [(960, 7.5)], "sex": []}, text="", last=1000, chance={}, few=True)
+    assert (chart.linear.low, chart.has_marks, [line.name for line in chart.lines]) == (0, True, ["age"])
+    chart = line_chart("evaluation: accuracy", {"sex": [(9, 0.75)]}, text="", last=9, chance={"sex": 0.5}, few=True)
+    assert (chart.linear.low, chart.linear.high, chart.lines[0].level) == (0, 1, 0.5)
+    noise = [(step, float(step % 7 == 0) * step) for step in range(100_000)]
+    (line,) = line_chart("loss", {"": noise}, text="", last=100_000, chance={}, few=False).lines
+    assert len(line.points) < 2000
+    assert max(value for _, value in line.points) == max(value for _, value in noise)
 
 
 def test_histograms_have_axes_and_numbers(write: Callable[..., Path]) -> None:

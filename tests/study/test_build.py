@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 
 from tests.helpers import browser, small_run
+from tests.helpers.devtools import Browser, check_page
 from tests.helpers.small_run import umbrella
 from tests.helpers.study_world import NO_ROW, NO_SCAN, NO_SEX, SUBJECTS, TOO_YOUNG, make_study
 from umbrella_jax.errors import UmbrellaError
@@ -168,8 +169,9 @@ def test_kept_columns_are_metadata_and_not_text(built: Path, table: pd.DataFrame
         assert (about["age_bin"] == "60 and above") == (row["age"] >= 60)
 
 
-def test_the_page_is_legible_in_a_browser_and_on_paper(built: Path, tmp_path: Path) -> None:
+def test_the_page_is_legible_in_a_browser_and_on_paper(built: Path, tmp_path: Path, chromium: Browser) -> None:
     page = Path(shutil.copy(built / "study.html", tmp_path))
+    check_page(chromium, page)
     for width, on_paper in ((1280, False), (400, False), (718, True)):  # the last: A4 within its margins
         measured = browser.measure(page, width, paper=on_paper)
         assert measured["out"] == []

@@ -11,7 +11,7 @@ from itertools import pairwise
 
 import numpy as np
 
-WIDTH, HEIGHT = 420, 190
+WIDTH, HEIGHT = 376, 190
 """Size of a histogram in pixels."""
 _LEFT, _RIGHT, _TOP, _BOTTOM = 62, 14, 12, 44
 """Pixels between its edges and the plot, for ticks and names of the axes."""
@@ -130,7 +130,7 @@ def histogram_of(
         counts = {name: np.histogram(row, edges)[0].tolist() for name, row in arrays.items()}
         names = [f"{a:g}" if whole and b - a == 1 else f"{a:.4g} to {b - whole:.4g}" for a, b in pairwise(edges)]
         scale: Callable[[np.ndarray], np.ndarray] = np.log if logarithmic else np.asarray
-        marks = [mark for mark in (_powers if logarithmic else _round_numbers)(low, high) if low <= mark <= high]
+        marks = [mark for mark in (powers_of_ten if logarithmic else round_numbers)(low, high) if low <= mark <= high]
         places = np.interp(scale(np.array(marks)), scale(edges), np.arange(len(edges)))
         ticks = [(float(place), f"{mark:,g}") for place, mark in zip(places, marks, strict=True)]
     rows = tuple((name, tuple(row[i] for row in counts.values())) for i, name in enumerate(names))
@@ -141,7 +141,7 @@ def histogram_of(
 def _lay_out(table: CountTable, ticks: Sequence[tuple[float, str]], logarithmic: bool) -> Histogram:
     """Place bars and ticks; `ticks` are (position, text), with 0 at the left of the first bar and 1 at its right."""
     percentages = table.percentages
-    marks = _round_numbers(0, max(map(max, percentages)))
+    marks = round_numbers(0, max(map(max, percentages)))
     slot, per_percent = (WIDTH - _RIGHT - _LEFT) / len(table.rows), (HEIGHT - _TOP - _BOTTOM) / marks[-1]
     width, bottom = min(0.9 * slot / len(table.sets), _WIDEST), HEIGHT - _BOTTOM
     bars = [
@@ -162,7 +162,7 @@ def _lay_out(table: CountTable, ticks: Sequence[tuple[float, str]], logarithmic:
     return Histogram(table, tuple(bars), x_ticks, y_ticks, logarithmic)
 
 
-def _round_numbers(low: float, high: float) -> list[float]:
+def round_numbers(low: float, high: float) -> list[float]:
     """Return 3 to 8 multiples of 1, 2 or 5 times a power of ten, which enclose `low` and `high`."""
     span = (high - low) or 1.0
     power = 10.0 ** math.floor(math.log10(span / 4))
@@ -171,7 +171,7 @@ def _round_numbers(low: float, high: float) -> list[float]:
     return [float(f"{i * step:.12g}") for i in range(first, last + 1)]
 
 
-def _powers(low: float, high: float) -> list[float]:
+def powers_of_ten(low: float, high: float) -> list[float]:
     """Return powers of ten from `low` to `high`, thinned to at most 7."""
     first, last = math.ceil(math.log10(low)), math.floor(math.log10(high))
     return [10.0**i for i in range(first, last + 1, (last - first) // 7 + 1)]

@@ -1,18 +1,21 @@
 """Write HTML pages: single files that contain everything they show, and open anywhere, also offline.
 
-A page makes no request. Its policy (`Content-Security-Policy` in `pages.html`) allows no script but `page.js`, by its
-hash, and only in pages that ask for it; everything is legible without it. The parts that pages share:
+A page makes no request. Its policy (`Content-Security-Policy` in `pages.html`) allows its styles and scripts by their
+hashes, and nothing else; everything is legible without the scripts. The parts that pages share:
 
-    parts.html   macros: data_table, count_table, histogram, slice_viewer
-    tables.py    the values of `data_table`: a table to sort and filter
-    charts.py    the values of `count_table` and `histogram`, which compare sets
-    viewer.py    the values of `slice_viewer`: a volume to scroll through
-    page.js      sorts and filters tables, and scrolls through volumes
-    style.css    sizes, spaces and colours of every page, light and dark, also of `serve`
-    viewer.js    `openPanel`: a scan with its overlay in NiiVue (vendor/), with controls
+    parts.html      macros: data_table, count_table, histogram, line_chart, mosaics, scan_panel, embedded_scans
+    tables.py       the values of `data_table`: a table to sort and filter
+    charts.py       the values of `count_table` and `histogram`, which compare sets
+    curves.py       the values of `line_chart`: curves over steps
+    mosaics.py      the values of `mosaics`: pictures of all slices, for readers without the script
+    scan_panels.py  the values of `scan_panel` and `embedded_scans`: scans to scroll through
+    page.js         tables, charts, and scans: unpacks NiiVue when the first scan comes into view
+    style.css       sizes, spaces and colours of every page, light and dark, also of `serve`
+    viewer.js       `openPanel`: a scan with its overlay in NiiVue (vendor/), with controls
 """
 
 import base64
+import gzip
 import hashlib
 import importlib.util
 from collections.abc import Sequence
@@ -21,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from umbrella_jax.errors import Faults
+from umbrella_jax.html.scan_panels import PageScans
 from umbrella_jax.io.files import PRIVATE, check_output, write_whole
 
 PRIVACY = "contains participant data (pictures, names, answers): handle it like the scans"
@@ -28,6 +32,7 @@ PACKAGES = ("matplotlib", "pillow")
 """Packages of the extra `report`."""
 _MODULES = {"pillow": "PIL"}
 """{package: its module}, if they have different names."""
+_NIIVUE = Path(__file__).parent / "vendor" / "niivue.umd.js"
 
 
 def page_faults(flag: str, file: Path, packages: Sequence[str], *, rewrite: bool = False) -> list[str]:
@@ -55,13 +60,16 @@ def _installed(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
-def render_page(template: Path, file: Path, *, script: bool = False, **values: Any) -> None:
+def render_page(
+    template: Path, file: Path, *, script: bool = False, scans: PageScans | None = None, **values: Any
+) -> None:
     """Render a template that extends `pages.html` and write the page.
 
     Args:
         template: file of the template. It may import macros from `parts.html`.
         file: where to write.
-        script: whether the page has tables to sort or volumes to scroll through, which need `page.js`.
+        script: whether the page has tables to sort, charts or scans, which need `page.js`.
+        scans: the scans that the page contains; if there are any, it also contains NiiVue, once.
         values: of the template; texts, never markup.
     """
     import jinja2
@@ -69,12 +77,32 @@ def render_page(template: Path, file: Path, *, script: bool = False, **values: A
     folder = Path(__file__).parent
     loader = jinja2.FileSystemLoader([template.parent, folder])
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
-    program = f"\n{(folder / 'page.js').read_text()}" if script else ""
-    digest = base64.b64encode(hashlib.sha256(program.encode()).digest()).decode()
-    values |= {"privacy": PRIVACY, "program": program, "program_hash": f"sha256-{digest}"}
-    text = environment.get_template(template.name).render(values)
+    page, scripts, niivue = environment.get_template(template.name), [], ""
+    if scans is not None and scans.contents:
+        build = _NIIVUE.read_bytes()
+        niivue = base64.b64encode(gzip.compress(build, mtime=0)).decode()
+        scripts = [(folder / "viewer.js").read_text(encoding="utf-8")]
+    if script:
+        scripts.append((folder / "page.js").read_text(encoding="utf-8"))
+    program = "\n".join(["", *scripts]) if scripts else ""
+    style = f"\n{(folder / 'style.css').read_text(encoding='utf-8')}"
+    values |= {
+        "privacy": PRIVACY,
+        "scans": scans,
+        "niivue": niivue,
+        "program": program,
+        "style": style,
+        "style_hash": _digest(style.encode()),
+        "script_hashes": [_digest(program.encode()), *([_digest(build)] if niivue else [])] if program else [],
+    }
+    text = page.render(values)
     # a text from JSON may hold half a surrogate pair, which UTF-8 cannot encode
     write_whole(file, text.encode("utf-8", errors="xmlcharrefreplace"), PRIVATE)
+
+
+def _digest(content: bytes) -> str:
+    """Return a hash as a page's policy names it."""
+    return f"sha256-{base64.b64encode(hashlib.sha256(content).digest()).decode()}"
 
 
 def png(image: Any) -> str:

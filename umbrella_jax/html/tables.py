@@ -11,8 +11,9 @@ class TableColumn:
 
     name: str
     """Heading, with the unit of its numbers."""
-    kind: Literal["text", "number", "choice"] = "text"
-    """`number` is aligned right. `choice` also gets a menu of its values that filters the rows."""
+    kind: Literal["text", "number", "range", "choice"] = "text"
+    """`number` is aligned right; `range` is a number with fields for the lowest and the highest to show. `choice` has a
+    menu of its values that filters the rows."""
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,16 @@
 //   panel.close();
 //
 // A volume or an overlay is a NIfTI, gzipped or not, from { url } (fetched from the page's own server), { base64 } or
-// { bytes } (an ArrayBuffer). An overlay may also give `unit`, `limit` (the value with full colour) and `threshold`.
+// { bytes } (an ArrayBuffer). The crosshair starts `at` three fractions of the way from the patient's left to right, back
+// to front and bottom to top, or at the centre. `origin` says from where mm are counted. An overlay may also give `unit`, `limit` (the value with full colour) and `threshold`.
 // Use by mouse, touch, keyboard and screen reader; no inline style or script; nothing is logged.
 "use strict";
 
-const POSITIVE = { R: [220, 220], G: [30, 30], B: [20, 20], A: [0, 200], I: [0, 255] };
-const NEGATIVE = { R: [30, 30], G: [90, 90], B: [255, 255], A: [0, 200], I: [0, 255] };
-const COLOURS_FROM_ZERO = 1; // NiiVue's colour map type: from 0, and transparent below the threshold
+// NiiVue draws maps opaque, so brightness shows how far a value is from 0.
+const POSITIVE = { R: [110, 110, 225, 255], G: [8, 8, 40, 170], B: [8, 8, 25, 120], A: [0, 255, 255, 255], I: [0, 1, 140, 255] };
+const NEGATIVE = { R: [15, 15, 40, 160], G: [35, 35, 100, 205], B: [120, 120, 255, 255], A: [0, 255, 255, 255], I: [0, 1, 140, 255] };
+const COLOURS_FROM_ZERO = 2; // NiiVue's colour map type: from 0, and transparent below the threshold
+const OPACITY = 0.75;
 const PLANES = [
   { name: "sagittal", from: "R", to: "L" },
   { name: "coronal", from: "P", to: "A" },
@@ -99,7 +102,9 @@ class Panel {
   #view = "three planes";
   #overlay = null;
 
-  constructor(host, title) {
+  constructor(host, title, at, origin) {
+    this.at = at;
+    this.origin = origin;
     const help = `panel-${++panels}-keys`;
     this.#host = host;
     this.#title = title;
@@ -160,8 +165,9 @@ class Panel {
       map.colormap = "umbrella-positive";
       map.colormapNegative = "umbrella-negative";
       map.colormapType = COLOURS_FROM_ZERO;
-      const threshold = source.threshold ?? limit / 10;
+      const threshold = source.threshold ?? limit / 5;
       this.#overlay = { map, limit, threshold, unit: source.unit ?? "", isSigned: map.img.some((value) => value < 0) };
+      map.opacity = OPACITY;
       this.nv.addVolume(map);
     }
     this.#build();
@@ -179,16 +185,16 @@ class Panel {
     const { nv } = this;
     const volume = nv.volumes[0];
     [volume.cal_min, volume.cal_max] = this.window;
-    nv.setFrame4D(volume.id, 0);
+    this.setFrame(0);
     nv.scene.pan2Dxyzmm = [0, 0, 0, 1];
-    nv.scene.crosshairPos = [0.5, 0.5, 0.5];
+    nv.scene.crosshairPos = [...this.at];
     this.#view = "three planes";
     if (this.#overlay) {
       const { limit, threshold } = this.#overlay;
       this.#setRange(threshold, limit);
       this.#sliders.threshold?.set((100 * threshold) / limit);
-      this.#sliders.opacity?.set(1);
-      nv.setOpacity(1, 1);
+      this.#sliders.opacity?.set(OPACITY);
+      nv.setOpacity(1, OPACITY);
     }
     this.#host.querySelector("select").value = this.#view;
     nv.setSliceType(nv[VIEWS[this.#view]]);
@@ -264,7 +270,7 @@ class Panel {
         change: (percent) => this.#setRange((percent * limit) / 100, limit),
       });
       sliders.opacity = makeSlider("map opacity", {
-        min: 0, max: 1, step: 0.05, value: 1, say: (value) => `${Math.round(100 * value)} %`,
+        min: 0, max: 1, step: 0.05, value: OPACITY, say: (value) => `${Math.round(100 * value)} %`,
         change: (value) => nv.setOpacity(1, value),
       });
     }
@@ -342,16 +348,18 @@ class Panel {
     this.#sliders.white?.set(volume.cal_max);
     const mm = [...nv.frac2mm(nv.scene.crosshairPos, 0, true)].slice(0, 3);
     const values = nv.volumes.map((one) => one.getValue(...one.mm2vox(mm), one.frame4D));
-    const place = this.isOriented ? `x ${mm.map((at) => at.toFixed(1)).join(", ")} mm`.replace("x ", "x, y, z: ") : "orientation unknown: the file does not say which side is which";
+    const place = this.isOriented
+      ? `x, y, z: ${mm.map((at) => at.toFixed(1)).join(", ")} mm${this.origin && ` from ${this.origin}`}`
+      : "orientation unknown: the file does not say which side is which";
     const shown = values.map((value, i) => `${i ? "map" : "value"} ${shortNumber(value)}${i ? ` ${this.#overlay.unit}` : ""}`);
     this.#readout.textContent = [place, ...shown].join(" · ").trim();
   }
 }
 
 // Put a panel into `host` and load its volume. Rejects if the browser cannot draw or a scan cannot be read.
-async function openPanel(host, { title, volume, overlay = null }) {
+async function openPanel(host, { title, volume, overlay = null, at = [0.5, 0.5, 0.5], origin = "" }) {
   if (!canDrawScans()) throw new Error("this browser has no WebGL 2, which draws the scans");
-  const panel = new Panel(host, title);
+  const panel = new Panel(host, title, at, origin);
   await panel.start(volume, overlay);
   return panel;
 }

@@ -134,6 +134,8 @@ class Facts:
     """{regression task: (truth, answer) per row}; the answer is None if it has no number."""
     num_subjects: int
     """Number of subjects of all rows together."""
+    order: tuple[tuple[int, bool], ...]
+    """(number of a row, whether it failed) of all rows: failures first, tasks in turn, the worst of each first."""
     failures: int
     """Number of failed rows. A number has failed if its error exceeds the mean error of always answering the median."""
     samples: tuple[Sample, ...]
@@ -280,6 +282,7 @@ def read_facts(
             if tasks[name].kind == "regression"
         },
         num_subjects=len(number_subjects(rows)),
+        order=tuple(order),
         failures=sum(failed for _, failed in order),
         samples=tuple(shown_samples),
     )

@@ -1,6 +1,6 @@
-"""Draw the page's diagrams as SVG: curves of a run, calibration, predicted against true."""
+"""Collect the curves of a run, and draw calibration and predicted against true as SVG."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from io import BytesIO
 from typing import Any
 
@@ -36,30 +36,6 @@ def chances(facts: Facts) -> dict[str, float]:
         name: facts.scores.task_figures(name).get(headline(task.metrics)) for name, task in facts.scores.tasks.items()
     }
     return {name: figure.chance for name, figure in figures.items() if figure and figure.chance is not None}
-
-
-def draw_curves(title: str, curves: Mapping[str, Points], last: int, chance: Mapping[str, float]) -> str:
-    """Draw a line per label over the steps from 0 to `last`; evaluations with marks, and chance dashed."""
-    figure, axes = _axes("step", title)
-    evaluation = title.startswith("evaluation")
-    for number, (name, values) in enumerate(curves.items()):
-        steps, numbers = [step for step, _ in values], [value for _, value in values]
-        marker = "o" if evaluation or name == "evaluation" else None
-        axes.plot(steps, numbers, f"C{number}", marker=marker, markersize=4, linewidth=1.2, label=name or None)
-        if evaluation and name in chance:
-            axes.axhline(chance[name], color=f"C{number}", linewidth=1, linestyle="--", zorder=1)
-    positive = [value for values in curves.values() for _, value in values if value > 0]
-    if title == "gradient norm" and positive and max(positive) > 20 * min(positive):
-        axes.set_yscale("log")
-    if title.endswith("accuracy"):
-        axes.set_ylim(-0.03, 1.03)
-    elif evaluation and axes.get_ylim()[0] > 0:
-        axes.set_ylim(bottom=0)  # otherwise an axis around a single evaluation shows next to nothing
-    axes.set_xlim(0, 1.03 * max(last, 1))
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    if any(curves):
-        axes.legend(frameon=False, fontsize=8)
-    return _svg(figure)
 
 
 def draw_calibration(bins: Sequence[Bin]) -> str:

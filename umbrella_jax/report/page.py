@@ -12,14 +12,17 @@ from umbrella_jax.config.schema import ModalityConfig
 from umbrella_jax.data.conversation import Image
 from umbrella_jax.data.volume import open_volume, preprocess
 from umbrella_jax.errors import ConfigError
+from umbrella_jax.html.curves import LineChart, line_chart
 from umbrella_jax.html.page import PACKAGES, page_faults, png, render_page
+from umbrella_jax.html.scan_panels import PageScans, crosshair, embed_map, embed_scan
 from umbrella_jax.html.slices import cut_planes, draw_planes, grey_range, images_to_draw, preprocessed_geometry
 from umbrella_jax.inference.attribution import Method
 from umbrella_jax.inference.explain import Explanation
 from umbrella_jax.io.files import strict_json
+from umbrella_jax.report.answer_table import answer_table
 from umbrella_jax.report.evidence import abstract, limitations, task_summaries
 from umbrella_jax.report.facts import Facts, Sample, check_run, read_facts
-from umbrella_jax.report.figures import chances, curves, draw_calibration, draw_coverage, draw_curves, draw_numbers
+from umbrella_jax.report.figures import chances, curves, draw_calibration, draw_coverage, draw_numbers
 from umbrella_jax.rundir import CHECKPOINTS, CONFIG, REPORT, Step
 from umbrella_jax.scoring.fields import compare_fields
 from umbrella_jax.scoring.metrics import Figure, short
@@ -77,19 +80,19 @@ def write_report(
     )
     explained = _explained(facts, explain) if explain else [None] * len(facts.samples)
     last, chance = max((int(line["step"] or 0) for line in facts.lines), default=0), chances(facts)
-    cards = [_card(facts, sample, shares) for sample, shares in zip(facts.samples, explained, strict=True)]
+    scans = PageScans()
+    cards = [_card(facts, sample, shares, scans) for sample, shares in zip(facts.samples, explained, strict=True)]
     render_page(
         Path(__file__).with_name("page.html"),
         file,
+        script=True,
+        scans=scans,
         facts=facts,
         short=short,
         evaluated=facts.data.get("eval", {}).get("conversations"),
         settings=list(_settings(facts)),
-        curves=[
-            (title, draw_curves(title, lines, last, chance), _in_words(title, lines, chance))
-            for title, lines in curves(facts)
-            if any(lines.values())
-        ],
+        curves=[_chart(title, lines, last, chance) for title, lines in curves(facts) if any(lines.values())],
+        answers=answer_table(facts),
         abstract=abstract(facts),
         summaries=task_summaries(facts),
         limitations=list(limitations(facts)),
@@ -149,6 +152,14 @@ def _duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {rest} s"
 
 
+def _chart(
+    title: str, lines: Mapping[str, Sequence[tuple[int, float]]], last: int, chance: Mapping[str, float]
+) -> LineChart:
+    evaluation = title.startswith("evaluation")
+    levels = chance if evaluation else {}
+    return line_chart(title, lines, text=_in_words(title, lines, chance), last=last, chance=levels, few=evaluation)
+
+
 def _in_words(title: str, lines: Mapping[str, Sequence[tuple[int, float]]], chance: Mapping[str, float]) -> str:
     """Return the ends of curves as text, for readers who cannot see them or want the numbers."""
 
@@ -160,7 +171,7 @@ def _in_words(title: str, lines: Mapping[str, Sequence[tuple[int, float]]], chan
     if title.startswith("evaluation") and (
         known := [f"{name} {short(chance[name])}" for name in lines if name in chance]
     ):
-        texts.append(f"chance (dashed): {', '.join(known)}")
+        texts.append(f"chance (dotted): {', '.join(known)}")
     return "; ".join(texts)
 
 
@@ -207,7 +218,7 @@ def _explained(facts: Facts, method: Method) -> list[Explanation | None]:
     ]
 
 
-def _card(facts: Facts, sample: Sample, explained: Explanation | None) -> dict[str, Any]:
+def _card(facts: Facts, sample: Sample, explained: Explanation | None, scans: PageScans) -> dict[str, Any]:
     names = {image: number for number, image in enumerate(dict.fromkeys(sample.conversation.images), 1)}
     task, row = facts.scores.tasks[sample.task], sample.row
     reports = None
@@ -226,14 +237,20 @@ def _card(facts: Facts, sample: Sample, explained: Explanation | None) -> dict[s
             for m in sample.conversation.messages[:-1]
         ],
         "volumes": [
-            (number, image, list(_pictures(image, facts.model.modalities[image.modality], explained)))
+            {
+                "number": number,
+                "image": image,
+                **_volume(image, facts.model.modalities[image.modality], explained, scans, sample.row["task_id"]),
+            }
             for image, number in names.items()
         ],
     }
 
 
-def _pictures(image: Image, config: ModalityConfig, explained: Explanation | None) -> Iterator[tuple[str, str]]:
-    """Yield (caption, URL) of each picture of a volume, preprocessed as for the model."""
+def _volume(
+    image: Image, config: ModalityConfig, explained: Explanation | None, scans: PageScans, conversation: str
+) -> dict[str, Any]:
+    """Return the panel of a volume, preprocessed as for the model, and (caption, URL) of each picture in its place."""
     voxels = open_volume(image.path, config)
     array = preprocess(image.path, voxels, config, image.window)
     codes, spacing = preprocessed_geometry(
@@ -243,28 +260,35 @@ def _pictures(image: Image, config: ModalityConfig, explained: Explanation | Non
         config,
     )
     sides = "" if codes else "planes of the array's axes, since the file does not say which side is which"
-    voxel, position = None, "slices through the middle"
+    voxel, position, over = None, "slices through the middle", None
     if explained is not None:  # show the scan and its map in the same slices
         shares = explained.maps[image]
         values = shares if shares.ndim == 3 else shares.sum(-1)
         voxel = tuple(int(i) for i in np.unravel_index(np.abs(values).argmax(), values.shape))
         position = "slices through the voxel with the largest share"
-    for part, picture in images_to_draw(array):
-        caption = ", ".join(filter(None, (part, position, sides)))
-        yield (
-            caption,
+        size = np.abs(values)
+        limit = float(np.percentile(size[size > 0], 99)) if size.any() else 1.0
+        unit = "nats per voxel" + ("" if shares.ndim == 3 else ", all frames")
+        over = embed_map(values, codes, spacing, limit=limit, unit=unit)
+    pictures = [
+        (
+            ", ".join(filter(None, (part, position, sides))),
             png(draw_planes(cut_planes(picture, codes, spacing, voxel), *grey_range(picture), longest=_LONGEST)),
         )
-    if explained is not None:
-        scan, size = images_to_draw(array)[0][1], np.abs(values)
-        limit = float(np.percentile(size[size > 0], 99)) if size.any() else 1.0
+        for part, picture in images_to_draw(array)
+    ]
+    if over is not None:
+        scan = images_to_draw(array)[0][1]
         planes, overlay = (cut_planes(x, codes, spacing, voxel) for x in (scan, values / limit))
-        unit = "nats per voxel" + ("" if shares.ndim == 3 else ", all frames")
-        yield (
+        caption = (
             "red speaks for the answer, blue against it; the same slices; all shares sum to "
-            f"{short(float(values.sum()))} nats",
-            png(draw_planes(planes, *grey_range(scan), overlay, bar=(short(limit), unit), longest=_LONGEST)),
+            f"{short(float(values.sum()))} nats"
         )
+        drawn = draw_planes(planes, *grey_range(scan), overlay, bar=(short(limit), over.unit), longest=_LONGEST)
+        pictures.append((caption, png(drawn)))
+    title = f"{image.modality} of {conversation}, as the model gets it"
+    at = "" if voxel is None else crosshair(voxel, array.shape, codes)
+    return {"pictures": pictures, "panel": scans.panel(title, embed_scan(array, codes, spacing), over, at)}
 
 
 def _embedded(facts: Facts) -> str:

@@ -15,6 +15,7 @@ from umbrella_jax.data.voxels import open_voxels
 from umbrella_jax.errors import DataError
 from umbrella_jax.html.charts import CountTable, Histogram, count_table, histogram_of
 from umbrella_jax.html.page import page_faults, png, render_page
+from umbrella_jax.html.scan_panels import EmbeddedScan, PageScans, ScanPanel, embed_scan
 from umbrella_jax.html.slices import cut_planes, draw_planes, grey_range
 from umbrella_jax.study.built import BuiltStudy, visits_by_split
 from umbrella_jax.study.cohort import bin_labels
@@ -56,6 +57,7 @@ class ShownScan:
     picture: str
     """Data URL; empty if it cannot be drawn."""
     why_not: str
+    panel: ScanPanel
 
 
 def write_page(built: BuiltStudy, file: Path) -> None:
@@ -64,19 +66,22 @@ def write_page(built: BuiltStudy, file: Path) -> None:
     columns = dict.fromkeys((*built.config.keep, *built.config.split.stratify, *built.config.split.balance))
     if (leave_out := built.config.split.leave_out) is not None:
         columns[leave_out] = None
-    can_draw = not page_faults("", file, ["pillow"])
+    can_draw, scans = not page_faults("", file, ["pillow"]), PageScans()
+    examples = [
+        (title, record, [_shown(built.root / image["path"], can_draw, scans) for image in record["images"]])
+        for title, record in _examples(built)
+    ]
     render_page(
         Path(__file__).with_name("page.html"),
         file,
+        script=True,
+        scans=scans,
         built=built,
         flows=[_flow(built, name) for name in built.cohorts],
         columns=[_column_chart(name, sets, built.config) for name in columns],
         labels=_label_charts(built),
         shared=_shared(built.config, sets),
-        examples=[
-            (title, record, [_shown(built.root / image["path"], can_draw) for image in record["images"]])
-            for title, record in _examples(built)
-        ],
+        examples=examples,
         can_draw=can_draw,
     )
 
@@ -211,16 +216,16 @@ def _examples(built: BuiltStudy) -> list[tuple[str, Mapping[str, Any]]]:
     return [example for of_round in rounds for example in of_round if example is not None][:_EXAMPLES]
 
 
-def _shown(path: Path, can_draw: bool) -> ShownScan:
-    """Draw three planes of a scan as stored; of a run, its first frame."""
-    if not can_draw:
-        return ShownScan(path.name, "", "")
+def _shown(path: Path, can_draw: bool, scans: PageScans) -> ShownScan:
+    """Draw three planes of a scan as stored, and embed it; of a run, its first frame."""
     try:
         opened = open_voxels(path)
         volume = opened.read(0)
     except DataError as error:
-        return ShownScan(path.name, "", error.faults[0])
+        return ShownScan(path.name, "", error.faults[0], scans.panel(path.name, EmbeddedScan("")))
     codes = None if opened.affine is None else "".join(nib.aff2axcodes(opened.affine))
     zooms = None if opened.zooms is None else tuple(map(float, opened.zooms))
-    planes = cut_planes(volume, codes, zooms)
-    return ShownScan(path.name, png(draw_planes(planes, *grey_range(volume), longest=150)), "")
+    picture = ""
+    if can_draw:
+        picture = png(draw_planes(cut_planes(volume, codes, zooms), *grey_range(volume), longest=150))
+    return ShownScan(path.name, picture, "", scans.panel(path.name, embed_scan(volume, codes, zooms)))

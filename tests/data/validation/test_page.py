@@ -12,6 +12,7 @@ import pytest
 from PIL import Image as Picture
 
 from tests.helpers import browser
+from tests.helpers.devtools import check_page
 from umbrella_jax import console
 from umbrella_jax.config.schema import AugmentConfig, DataConfig, ModalityConfig, ModelConfig, RunConfig
 from umbrella_jax.data.validation import page as page_module
@@ -154,6 +155,10 @@ def test_the_page_is_legible_in_a_browser_and_on_paper(page_of_many):
         assert measured["out"] == []
         assert measured["whole"] == width
         assert measured["smallest"] >= 12
+
+
+def test_the_page_is_readable_by_everyone_and_asks_for_nothing(page_of_many, chromium):
+    check_page(chromium, page_of_many[0])
 
 
 def test_the_page_shows_augmented_volumes(config, ask, nifti, write_json, tmp_path):

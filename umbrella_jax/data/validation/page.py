@@ -27,10 +27,11 @@ from umbrella_jax.data.validation.findings import (
 )
 from umbrella_jax.data.volume import open_volume, preprocess
 from umbrella_jax.errors import ConfigError
+from umbrella_jax.html.mosaics import draw_mosaics, thumbnail
 from umbrella_jax.html.page import page_faults, png, render_page
+from umbrella_jax.html.scan_panels import PageScans, embed_scan
 from umbrella_jax.html.slices import cut_planes, draw_planes, grey_range, images_to_draw, preprocessed_geometry
 from umbrella_jax.html.tables import DataTable, TableCell, TableColumn
-from umbrella_jax.html.viewer import slice_viewer, thumbnail
 from umbrella_jax.rundir import Say, say_nothing
 
 MOST_ROWS = 5000
@@ -98,10 +99,13 @@ def write_page(
             progress.count()
     thumbnails = {volume: pictures[volume][0] for volume in small}
     ids = {volume: f"volume-{number}" for number, volume in enumerate(drawn, 1)}
+    scans = PageScans()
+    panels = {volume: scans.panel(pictures[volume][1]["title"], pictures[volume][1]["scan"]) for volume in drawn}
     render_page(
         Path(__file__).with_name("page.html"),
         file,
         script=True,
+        scans=scans,
         report=report,
         findings={
             severity: [
@@ -114,7 +118,7 @@ def write_page(
         distributions=distributions(report),
         volumes=_volume_table(report, flags, thumbnails, ids),
         conversations=_conversation_table(report, by_place),
-        cards=[{"id": ids[v], "volume": v, "findings": flags[v], **pictures[v][1]} for v in drawn],
+        cards=[{"id": ids[v], "volume": v, "findings": flags[v], "panel": panels[v], **pictures[v][1]} for v in drawn],
         usable=sum(volume.windows > 0 for volume in report.volumes),
     )
 
@@ -143,8 +147,15 @@ def _draw(volume: ShownVolume, config: ModalityConfig, augment: AugmentConfig | 
         (name, png(draw_planes(cut_planes(image, codes, spacing), *grey_range(image))))
         for name, image in [*((f"as the model gets it, {name}", image) for name, image in others), *changes]
     ]
-    viewer = slice_viewer(title, first, codes, spacing)
-    return small, {"codes": codes, "spacing": spacing, "viewer": viewer, "pictures": pictures}
+    return small, {
+        "codes": codes,
+        "spacing": spacing,
+        "title": title,
+        "scan": embed_scan(array, codes, spacing, contents.tr),
+        "picture": png(draw_planes(cut_planes(first, codes, spacing), *grey_range(first))),
+        "mosaics": draw_mosaics(first, codes, spacing),
+        "pictures": pictures,
+    }
 
 
 def _finding_table(report: ValidationReport, ids: Mapping[str, str]) -> DataTable:

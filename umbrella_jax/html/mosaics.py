@@ -1,7 +1,6 @@
-"""Slices of a volume to scroll through: a picture of three planes, and a mosaic of all slices along each axis.
+"""Pictures of all slices of a volume, for readers without a script or WebGL, and thumbnails.
 
-The macro `slice_viewer` of `parts.html` writes them. The page's script shows one slice of each mosaic, with a slider;
-without it the mosaics can be unfolded.
+The macro `mosaics` of `parts.html` writes one picture for each axis, to unfold.
 """
 
 import math
@@ -12,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from umbrella_jax.html.page import data_url, png
-from umbrella_jax.html.slices import SliceStack, draw_planes, grey_range, stack_slices
+from umbrella_jax.html.page import data_url
+from umbrella_jax.html.slices import SliceStack, grey_range, stack_slices
 
 MOST_SLICES = 128
 """Slices of a mosaic. A volume with more along an axis is shown at even distances."""
@@ -37,45 +36,25 @@ class Mosaic:
     """Index of each slice in the volume, from 0."""
     length: int
     """Number of slices that the volume has."""
-    across: int
-    """Slices in each row."""
-    size: tuple[int, int]
-    """Width and height of a slice in pixels."""
-    letters: tuple[str, ...]
-    """As `SliceStack.letters`."""
     ends: tuple[str, str]
     """As `SliceStack.ends`."""
 
 
-@dataclass(frozen=True)
-class SliceViewer:
-    """A volume of a page."""
-
-    title: str
-    """Name of the volume, part of the texts that describe its images."""
-    picture: str
-    """Data URL of the three middle planes with letters, shown without a script and on paper."""
-    mosaics: tuple[Mosaic, ...]
-    """One for each axis."""
-
-
-def slice_viewer(title: str, volume: np.ndarray, codes: str | None, spacing: Sequence[float] | None) -> SliceViewer:
-    """Draw a volume for the macro `slice_viewer`; about 0.3 MB of the page for a volume of 96³.
+def draw_mosaics(volume: np.ndarray, codes: str | None, spacing: Sequence[float] | None) -> tuple[Mosaic, ...]:
+    """Draw all slices along each axis; about 0.3 MB of the page for a volume of 96³.
 
     Args:
-        title: name of the volume.
         volume: [D, H, W].
         codes: orientation of its axes, as in `stack_slices`.
         spacing: mm from voxel to voxel along each axis, as in `stack_slices`.
     """
     stacks, grey = stack_slices(volume, codes, spacing), grey_range(volume)
     scale = _LONGEST / max(max(stack.mm) for stack in stacks)
-    picture = draw_planes([stack.plane(len(stack.rows) // 2) for stack in stacks], *grey)
-    return SliceViewer(title, png(picture), tuple(_mosaic(stack, *grey, scale) for stack in stacks))
+    return tuple(_mosaic(stack, *grey, scale) for stack in stacks)
 
 
 def thumbnail(volume: np.ndarray, codes: str | None, spacing: Sequence[float] | None) -> str:
-    """Return a data URL of the three middle planes side by side, about 4 KB; arguments as in `slice_viewer`."""
+    """Return a data URL of the three middle planes side by side, about 4 KB; arguments as in `draw_mosaics`."""
     stacks = stack_slices(volume, codes, spacing)
     scale = _THUMBNAIL / max(max(stack.mm) for stack in stacks)
     tiles = [_tile(stack.rows[len(stack.rows) // 2], stack.mm, scale, *grey_range(volume)) for stack in stacks]
@@ -90,7 +69,7 @@ def _mosaic(stack: SliceStack, low: float, high: float, scale: float) -> Mosaic:
     size = tiles[0].size
     across = max(round(math.sqrt(len(tiles) * size[1] / size[0])), 1)
     url = _jpeg(tiles, across, size)
-    return Mosaic(url, stack.name, numbers, length, across, size, stack.letters, stack.ends)
+    return Mosaic(url, stack.name, numbers, length, stack.ends)
 
 
 def _tile(rows: np.ndarray, mm: tuple[float, float], scale: float, low: float, high: float) -> Any:
