@@ -59,7 +59,7 @@ def _use(tab: Tab) -> None:
     tab.click(".actions .row button")  # why
     tab.wait("document.querySelector('.panel-bar:not([hidden])')")
     tab.choose('.panel input[aria-label="map from"]', "60")
-    tab.evaluate("document.querySelector('.scan').scrollIntoView(), document.activeElement.blur()")
+    tab.evaluate("document.querySelector('.open-scan').scrollIntoView(), document.activeElement.blur()")
     tab.evaluate("document.querySelector('.turns').scrollTo(0, 0)")
     tab.evaluate("new Promise((drawn) => setTimeout(drawn, 500))")
 

@@ -34,17 +34,17 @@ def tab(browser: Browser, served: Served) -> Iterator[Tab]:
 
 def drop(tab: Tab, *files: Path) -> None:
     """Drop files, and wait until each is in a panel."""
-    count = tab.evaluate("document.querySelectorAll('.scan').length") + len(files)
+    count = tab.evaluate("document.querySelectorAll('.open-scan').length") + len(files)
     tab.drop_files("#drop", *files)
     tab.wait(f"[...document.querySelectorAll('.panel-readout')].filter((e) => e.textContent).length === {count}")
 
 
 def ask(tab: Tab, question: str) -> None:
     """Ask, and wait for the whole answer."""
-    count = tab.evaluate("document.querySelectorAll('.turn').length") + 1
+    count = tab.evaluate("document.querySelectorAll('.exchange').length") + 1
     tab.type("#question", question)
     tab.click("#send")
-    tab.wait(f"document.querySelectorAll('.turn .actions:not([hidden])').length === {count}")
+    tab.wait(f"document.querySelectorAll('.exchange .actions:not([hidden])').length === {count}")
 
 
 def pixels(tab: Tab, stage: int, out: Path) -> np.ndarray:
@@ -60,7 +60,7 @@ def pixels(tab: Tab, stage: int, out: Path) -> np.ndarray:
 def test_scans_are_asked_about_and_the_answer_is_laid_over_them(tab: Tab, served: Served, tmp_path: Path) -> None:
     run = served.scan.with_name("run-0.nii")
     drop(tab, copy(served.scan, tmp_path / NAME), run)
-    assert tab.text(".scan .name") == NAME
+    assert tab.text(".open-scan .name") == NAME
     assert tab.evaluate("document.querySelectorAll('main img').length") == 0
 
     # the guess is shown, and is never taken without a yes
@@ -69,7 +69,7 @@ def test_scans_are_asked_about_and_the_answer_is_laid_over_them(tab: Tab, served
     assert "Choose the modality" in tab.text(".modality .alert")
     assert "only modality" in tab.text(".guess")
     tab.click(".guess button")
-    tab.click(".scan:nth-of-type(2) .guess button")
+    tab.click(".open-scan:nth-of-type(2) .guess button")
     tab.click(".check:nth-of-type(2) input")  # the run is left out
 
     # the answer appears in pieces, with the likelihoods of answers to compare
@@ -137,7 +137,7 @@ def test_scans_are_asked_about_and_the_answer_is_laid_over_them(tab: Tab, served
     # a second turn, to which the run belongs
     tab.click(".check input")
     ask(tab, "And this one?")
-    assert "Scan 2" in tab.text(".turn:nth-child(2) .question")
+    assert "Scan 2" in tab.text(".exchange:nth-child(2) .question")
     assert "Scan 1, Scan 2" in tab.text("#shown")
 
     for width, scheme in ((1280, "light"), (1280, "dark"), (400, "dark"), (400, "light")):
@@ -145,6 +145,7 @@ def test_scans_are_asked_about_and_the_answer_is_laid_over_them(tab: Tab, served
         tab.prefer(scheme)
         tab.screenshot(tmp_path / f"{width}-{scheme}.png", whole=True)
         assert tab.evaluate("document.documentElement.scrollWidth") <= width
+    tab.evaluate("document.querySelectorAll('details').forEach((part) => (part.open = true))")
     assert tab.accessibility() == []
     tab.resize(1280, 900)
     tab.prefer("dark")
@@ -172,7 +173,7 @@ def test_errors_appear_where_they_happen_with_the_remedy(tab: Tab, served: Serve
         served.scans.remove(scan.id)
     tab.type("#question", "Which sex?")
     tab.click("#send")
-    tab.wait("document.querySelector('.turn .alert')")
-    assert "upload it again" in tab.text(".turn .alert")
+    tab.wait("document.querySelector('.exchange .alert')")
+    assert "upload it again" in tab.text(".exchange .alert")
     assert tab.refused[0][1] == 415
     assert all("Failed to load resource" in error for error in tab.errors), tab.errors

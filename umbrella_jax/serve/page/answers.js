@@ -126,7 +126,7 @@ export class Answer {
     this.actions = element("div", { className: "row actions", hidden: true });
     this.why = element("div", { className: "why", hidden: true });
     const used = scans.length ? element("p", { className: "small" }, `with ${scans.map(({ label, modality }) => `${label} (${modality})`).join(", ")}`) : null;
-    this.item = element("li", { className: "turn" },
+    this.item = element("li", { className: "exchange" },
       element("div", { className: "question" }, element("p", {}, question), used),
       element("div", { className: "answer card" },
         element("div", { className: "pair" }, element("div", {}, element("h3", {}, "Answer"), this.text), this.blankBox),

@@ -21,7 +21,7 @@ class OpenScan {
     this.error = element("div", { role: "alert" });
     this.modalityError = element("div", { role: "alert" });
     const title = element("h3", { id: `scan-${number}` }, `${this.label} `, element("span", { className: "name" }, facts.name));
-    this.card = element("article", { className: "scan card", "aria-labelledby": `scan-${number}` },
+    this.card = element("article", { className: "open-scan card", "aria-labelledby": `scan-${number}` },
       element("div", { className: "card-head" }, title, element("div", { className: "row" },
         facts.uploaded ? button("Delete", remove, { "aria-label": `Delete ${this.label} from the server` }) : null,
         button("Close", close, { "aria-label": `Close ${this.label}` }))),
