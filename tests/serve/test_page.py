@@ -17,15 +17,9 @@ NAME = "<img src=x onerror=alert(1)>.nii.gz"
 """Of an upload: must never become an element."""
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with Browser() as own:
-        yield own
-
-
 @pytest.fixture
-def tab(browser: Browser, served: Served) -> Iterator[Tab]:
-    with browser.open(served.url) as own:
+def tab(chromium: Browser, served: Served) -> Iterator[Tab]:
+    with chromium.open(served.url) as own:
         own.wait("document.querySelector('#facts dd')")
         yield own
     for scan in served.scans.listed():
