@@ -18,15 +18,16 @@ QUESTIONS, NEW, LANES = 32, 16, 8
 def serve(work_dir: Path) -> None:
     """Time 32 questions about four scans to a server, asked together and one by one."""
     write_data(work_dir, SETTING)
-    one_by_one, at_once, same, added, first = measure(_times, work_dir)["value"]
+    one_by_one, at_once, processor_ratio, same, added, first = measure(_times, work_dir)["value"]
     figure("serve_one_by_one", QUESTIONS / one_by_one, "questions/s", first_piece_seconds=round(first, 3))
     more = {"same_answers": same, "memory_added_gb": round(added, 3)}
     figure("serve_at_once", QUESTIONS / at_once, "questions/s", together=LANES, **more)
-    figure("serve_ratio", one_by_one / at_once, "")
+    figure("serve_ratio", one_by_one / at_once, "", of_processor_time=round(processor_ratio, 3))
 
 
 def _times(folder: Path) -> list[float]:
-    """Return [seconds one by one, seconds at once, share of equal answers, GB that the latter add, first piece]."""
+    """Return [seconds one by one, seconds at once, ratio of their processor time, share of equal answers, GB that
+    asking at once adds, seconds to the first piece of a streamed answer]."""
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     import jax
     import openai
@@ -75,12 +76,13 @@ def _times(folder: Path) -> list[float]:
             async with openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0, timeout=3600) as client:
                 for content in asked[:: SETTING.questions]:  # so that no scan is read in what is timed
                     await ask(client, content)
-                before, begun = resident(), time.perf_counter()
+                before, begun, busy = resident(), time.perf_counter(), time.process_time()
                 together = await asyncio.gather(*(ask(client, content) for content in asked))
                 at_once, added = time.perf_counter() - begun, resident() - before
-                begun = time.perf_counter()
+                busy_at_once = time.process_time() - busy
+                begun, busy = time.perf_counter(), time.process_time()
                 in_turn = [await ask(client, content) for content in asked]
-                one_by_one = time.perf_counter() - begun
+                one_by_one, busy = time.perf_counter() - begun, time.process_time() - busy
                 begun = time.perf_counter()
                 messages: Any = [{"role": "user", "content": asked[0]}]
                 pieces = await client.chat.completions.create(
@@ -90,7 +92,7 @@ def _times(folder: Path) -> list[float]:
                     await anext(pieces.__aiter__())
                 first = time.perf_counter() - begun
             same = sum(own == other for own, other in zip(together, in_turn, strict=True)) / len(asked)
-            return [one_by_one, at_once, same, added, first]
+            return [one_by_one, at_once, busy / busy_at_once, same, added, first]
 
         times = asyncio.run(work())
         server.should_exit = True
