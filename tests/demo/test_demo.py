@@ -160,7 +160,7 @@ def test_serve_opens_the_page_on_the_run_and_the_held_out_subjects(
 ) -> None:
     served = list[Any]()
     monkeypatch.setattr("umbrella_jax.demo.run_demo", lambda _, out: make_data(out / "data", 0, 4, 4))
-    monkeypatch.setattr("umbrella_jax.cli.serve._serve", served.append)
+    monkeypatch.setattr("umbrella_jax.cli.serve._run", served.append)
     printed = umbrella("demo", "--out", tmp_path, "--serve")
     assert f"$ umbrella-jax serve {tmp_path / 'run'} --data {tmp_path / 'data' / 'eval.json'} --open" in printed
     assert Path(served[0].data).is_file()
