@@ -2,6 +2,7 @@
 
 import filecmp
 import json
+import socket
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -160,7 +161,8 @@ def test_serve_opens_the_page_on_the_run_and_the_held_out_subjects(
 ) -> None:
     served = list[Any]()
     monkeypatch.setattr("umbrella_jax.demo.run_demo", lambda _, out: make_data(out / "data", 0, 4, 4))
-    monkeypatch.setattr("umbrella_jax.cli.serve._run", served.append)
+    monkeypatch.setattr("umbrella_jax.serve.listen.bind", lambda *_: socket.socket())  # the port may be in use
+    monkeypatch.setattr("umbrella_jax.cli.serve._run", lambda arguments, *_: served.append(arguments))
     printed = umbrella("demo", "--out", tmp_path, "--serve")
     assert f"$ umbrella-jax serve {tmp_path / 'run'} --data {tmp_path / 'data' / 'eval.json'} --open" in printed
     assert Path(served[0].data).is_file()
