@@ -313,11 +313,11 @@ def test_it_is_legible_in_a_browser_and_on_paper(page: Page, run: Path, tmp_path
         assert measured["smallest"] >= 12
         assert measured["tallest"] < 70  # no word is broken into letters
         assert all(natural > 0 and shown > 150 for natural, shown in measured["pictures"])
-    for width, height in ((1280, 9000), (400, 14000)):
+    for width, height in ((1280, 14000), (400, 16000)):
         picture = browser.screenshot(Path(file), tmp_path / f"{width}.png", width, height)
         assert picture.shape == (height, width, 3)
         assert (picture == (168, 58, 0)).all(-1).sum() > 500  # the badges of failures
-        assert (picture.max(-1) < 8).mean() > 0.01  # around slices
+        assert (picture.max(-1) < 8).mean() > 0.02  # around slices
         assert (picture == 255).all(-1).mean() > 0.5
     assert 3 < browser.paper(Path(file), tmp_path / "report.pdf") < 60
 
