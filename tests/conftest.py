@@ -3,6 +3,8 @@
 import ctypes
 import gc
 import os
+import signal
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -21,6 +23,11 @@ from umbrella_jax import tpu
 if TYPE_CHECKING:
     from tests.helpers.devtools import Browser
 
+# Processes that tests start inherit which signals are ignored. A suite in the background of a script ignores SIGINT,
+# and one under nohup SIGHUP; libtpu ignores SIGHUP once it is loaded, unless it has a handler.
+signal.signal(signal.SIGHUP, lambda number, _: sys.exit(128 + number))
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # Before anything asks jax for its devices. Tests in tests/test_sharding.py assert that there are eight.
 _FLAGS = [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]
 # Most of the suite's time would be XLA optimising programs that run once. What users run, optimised, is compared with

@@ -260,9 +260,8 @@ def test_a_second_run_in_the_directory_is_refused(world: World, run: Path, tmp_p
 
 
 SIGNALLED = """
-import os, signal, sys, time
+import time
 from umbrella_jax.run.signals import Signals
-signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell, and their children, ignore it
 with Signals(lambda line: print(line, flush=True)) as signals:
     print("in", flush=True)
     time.sleep(60)
@@ -332,7 +331,8 @@ def test_a_damaged_checkpoint_is_passed_over(world: World, run: Path, tmp_path: 
     for file in (out / "checkpoints").glob("[0-9]*/meta"):
         shutil.rmtree(file)
     message = umbrella(*train_words(world, out, "--resume"), code=2)
-    assert message.count("damaged: meta: ") == len(left)
+    assert "damaged: meta: " in message
+    assert all(str(out / "checkpoints" / name) in message for name in left)
     assert "no intact checkpoint: cannot resume" in message
 
 

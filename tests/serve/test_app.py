@@ -445,8 +445,6 @@ def test_a_port_in_use_is_named() -> None:
 
 
 PROGRAM = """
-import signal
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background has it ignored
 from umbrella_jax.serve.app import make_app
 from umbrella_jax.serve.guard import Access
 from umbrella_jax.serve.listen import Server, bind, ended_by_signals
