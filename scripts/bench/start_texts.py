@@ -20,10 +20,11 @@ def start_texts(work_dir: Path) -> None:
         if not file.exists():
             write_texts(file, number, distinct)
         result = measure(read_and_plan, file, work_dir / "demo_base")
-        *steps, (epoch, _) = result["value"]
+        *steps, (epoch, _), (parse, _) = result["value"]
         names = ("read", "encode", "digest", "plan")
         more = {name: round(seconds, 1) for name, (seconds, _) in zip(names, steps, strict=True)}
         more |= {"processor": round(sum(busy for _, busy in steps), 1), "next_epoch": round(epoch, 1)}
+        more["json_loads"] = round(parse, 1)
         more["peak_gb"] = round(result["peak"], 2)
         seconds = sum(seconds for seconds, _ in steps)
         figure("start_texts_seconds", seconds, "s", conversations=number, distinct=distinct, **more)
@@ -34,7 +35,9 @@ def start_texts(work_dir: Path) -> None:
 
 
 def read_and_plan(file: Path, base: Path) -> list[tuple[float, float]]:
-    """Read, encode, digest and plan conversations of a file, and plan another epoch.
+    """Read, encode, digest and plan conversations of a file, and plan another epoch; then only parse the lines as JSON.
+
+    The last step tells how fast the machine is at this moment.
 
     Returns the seconds and the processor seconds of each step.
     """
@@ -66,6 +69,10 @@ def read_and_plan(file: Path, base: Path) -> list[tuple[float, float]]:
     plan = make_epoch_plan(dataset, batch_size=8, accumulate_steps=1, seed=0)
     times.append(now())
     plan.epoch(1)
+    times.append(now())
+    with file.open() as lines:
+        for line in lines:
+            json.loads(line)
     times.append(now())
     return [(end[0] - begin[0], end[1] - begin[1]) for begin, end in pairwise(times)]
 
