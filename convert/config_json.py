@@ -29,6 +29,8 @@ from umbrella_jax.models.siglip import SiglipConfig
 
 CONFIG = "config.json"
 UMBRELLA_CONFIG = "umbrella_config.json"
+TRAINING = "training"
+"""Field of `umbrella_config.json` with what `convert.model_card.training_facts` returns."""
 PROCESSOR = "processor_config.json"
 RANDOM_WEIGHTS = "random_weights"
 """Key of config.json that is true in a toy model, whose weights are all random, such as the demo's base."""
@@ -420,6 +422,31 @@ def stored_parts(directory: str | Path) -> dict[str, dict[str, str]]:
     parts = stated.values() if isinstance(stated, dict) else [None]
     if not all(isinstance(p, dict) and "name" in p and all(isinstance(v, str) for v in p.values()) for p in parts):
         raise ConfigError(f"{path}: parts: expected {{part: its name and license}}, got {stated!r}")
+    return dict(stated)
+
+
+def stored_training(directory: str | Path) -> dict[str, Any]:
+    """Return the facts about the training of an export or of a checkpoint made of one; {} if none are recorded.
+
+    Raises ConfigError if they are not as `convert.model_card.training_facts` returns them.
+    """
+    path = Path(directory) / UMBRELLA_CONFIG
+    stated = read_checkpoint_json(path).get(TRAINING) if path.exists() else None
+    if stated is None:
+        return {}
+    try:
+        numbers = [stated["subjects"], stated["conversations"]]
+        texts = [stated["step"], *stated["trained"], *stated["tasks"]]
+        for task in stated["tasks"].values():
+            for metric in task.values():
+                numbers.append(metric["answers"])
+                figures = [metric["value"], metric["chance"], *(metric["interval"] or ())]
+                if not all(figure is None or type(figure) in (int, float) for figure in figures):
+                    raise TypeError
+        if not all(isinstance(own, int | str | None) for own in numbers) or not all(isinstance(t, str) for t in texts):
+            raise TypeError
+    except (AttributeError, KeyError, TypeError):
+        raise ConfigError(f"{path}: {TRAINING}: not as `convert to-hf` writes it; export again") from None
     return dict(stated)
 
 

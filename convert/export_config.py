@@ -16,6 +16,7 @@ from convert.config_json import (
     CONFIG,
     COPY,
     PROCESSOR,
+    TRAINING,
     UMBRELLA_CONFIG,
     file_checksums,
     is_carried,
@@ -184,6 +185,7 @@ def write_config(
     untrained: Mapping[str, str] | None = None,
     checksums: Mapping[str, str] | None = None,
     first_steps: Mapping[str, int] | None = None,
+    training: Mapping[str, Any] | None = None,
     with_code: bool = False,
     finish: Callable[[Path], None] = lambda directory: None,
 ) -> None:
@@ -202,6 +204,8 @@ def write_config(
         untrained: {modality or component: reason} for those whose weights are untrained.
         checksums: {tensor or file: checksum} of the weights (convert/checksum.py).
         first_steps: {modality: first step of the run that shows it}.
+        training: facts about the training, as `training_facts` returns them. The code's copy lacks them: weights that
+            are trained further with it have other accuracies.
         with_code: whether to write `CODE`, and how transformers finds it.
         finish: called with `out_dir` to change small files before their checksums are recorded.
     """
@@ -244,6 +248,7 @@ def write_config(
     finish(out)
     umbrella |= {KEY: {hub_name(name): crc for name, crc in checksums.items()}} if checksums else {}
     umbrella |= {} if first_steps is None else {"first_steps": dict(first_steps)}
+    umbrella |= {TRAINING: dict(training)} if training else {}
     write_record(out, umbrella)
 
 

@@ -241,9 +241,8 @@ def model_card(
     text = "Not recorded."
     if template is not None:
         text = f"Trained with the template `{template}`, also recorded in {record}. {_TEXTS[template]}"
-    metrics = [metric for metric in (records[-1].metrics or ()) if metric.subjects >= SMALL] if records else []
     return _CARD.format(
-        front=_front_matter(folder, base, license or {}, metrics, _LIBRARIES[form]),
+        front=_front_matter(folder, base, license or {}, _stated_metrics(records), _LIBRARIES[form]),
         title="a LoRA adapter of a vision-language model" if is_adapter else "a vision-language model",
         subject="LoRA adapter (PEFT) of a" if is_adapter else "A",
         loading=_LOADING[form].format(folder=folder, modality=next(iter(modalities)), base=base).rstrip(),
@@ -265,6 +264,82 @@ def model_card(
         base="\n".join(lines),
         folder=folder,
     )
+
+
+class _Counts:
+    """Writes the counts of one split so that no number under SMALL can be read off or computed from the others.
+
+    Args:
+        split: as from `count_conversations`; without them, numbers are rounded as if one were small.
+    """
+
+    def __init__(self, split: Mapping[str, Any] | None):
+        self.is_rounded = split is None
+        if split is None:
+            return
+        tasks = split["tasks"].values()
+        numbers = [split["conversations"], split["subjects"]]
+        numbers += [task[key] for task in tasks for key in ("conversations", "subjects")]
+        numbers += [number for task in tasks for number in task.get("answers", {}).values()]
+        self.is_rounded = any(number is not None and 0 < number < SMALL for number in numbers)
+
+    def __call__(self, number: int | None) -> str:
+        if number is None:
+            return "not recorded"
+        if 0 < number < SMALL:
+            return f"<{SMALL}"
+        return f"about {round(number, -1):,}" if self.is_rounded and number else f"{number:,}"
+
+    def value(self, number: int | None) -> int | str | None:
+        """Return a number that is stated exactly as it is, any other as its text, and None for one not recorded."""
+        is_exact = number is None or str(number) == self(number).replace(",", "")
+        return number if is_exact else self(number)
+
+
+def training_facts(records: Sequence[TrainingRecord]) -> dict[str, Any]:
+    """Return what the model card states about training and evaluation, for programs; {} without a run.
+
+    Args:
+        records: the runs that made the weights, first to last.
+
+    Returns:
+        `trained`, the components of which any run trained parameters; `step`; and of the last run `subjects` and
+        `conversations`, numbers, texts such as "about 120" (see `SMALL`) or None; and `tasks`, {task: {metric: its
+        `value`, `interval`, `chance`, and number of `answers`}}.
+    """
+    if not records:
+        return {}
+    last = records[-1]
+    sizes = [size for record in records for size in record.parameters.items()]
+    training = (last.counts or {}).get("train")
+    shown = _Counts(training)
+    facts: dict[str, Any] = {
+        "trained": sorted({name for name, (trains, _) in sizes if trains and name != "total"}),
+        "step": last.step,
+        "subjects": shown.value(training["subjects"]) if training else None,
+        "conversations": shown.value(training["conversations"]) if training else None,
+    }
+    shown = _shown_answers(last)
+    tasks: dict[str, dict[str, Any]] = {}
+    for m in _stated_metrics(records):
+        tasks.setdefault(m.task, {})[m.metric] = {
+            "value": m.value,
+            "interval": None if m.low is None else [m.low, m.high],
+            "chance": None if shown.is_rounded else m.chance,
+            "answers": shown.value(m.answers),
+        }
+    return facts | {"tasks": tasks}
+
+
+def _stated_metrics(records: Sequence[TrainingRecord]) -> list[TaskMetric]:
+    """Return the metrics of the last run that a card states: none of fewer people than `SMALL`."""
+    return [metric for metric in (records[-1].metrics or ()) if metric.subjects >= SMALL] if records else []
+
+
+def _shown_answers(record: TrainingRecord) -> _Counts:
+    """Return how the numbers of answers that were evaluated are stated."""
+    counts = (record.counts or {}).get("eval")
+    return _Counts(counts if counts and record.metrics and _is_whole(record.metrics, counts) else None)
 
 
 def _layers(tower: SiglipConfig) -> str:
@@ -293,6 +368,7 @@ def _front_matter(
             task_type="image-text-to-text",
             dataset_type="held-out",
             dataset_name=f"{m.task}, data of the run",
+            dataset_config=m.task,  # metrics of one data set and configuration become one result
             dataset_split="evaluation",
             metric_type=m.metric,
             metric_value=round(m.value, 4),
@@ -322,31 +398,6 @@ def _by_run(records: Sequence[TrainingRecord], section: Any) -> Iterator[str]:
     for number, record in enumerate(records, 1):
         title = [f"### Run {number} of {len(records)}\n"] if len(records) > 1 else []
         yield "\n".join([*title, *section(record)])
-
-
-class _Counts:
-    """Writes the counts of one split so that no number under SMALL can be read off or computed from the others.
-
-    Args:
-        split: as from `count_conversations`; without them, numbers are rounded as if one were small.
-    """
-
-    def __init__(self, split: Mapping[str, Any] | None):
-        self.is_rounded = split is None
-        if split is None:
-            return
-        tasks = split["tasks"].values()
-        numbers = [split["conversations"], split["subjects"]]
-        numbers += [task[key] for task in tasks for key in ("conversations", "subjects")]
-        numbers += [number for task in tasks for number in task.get("answers", {}).values()]
-        self.is_rounded = any(number is not None and 0 < number < SMALL for number in numbers)
-
-    def __call__(self, number: int | None) -> str:
-        if number is None:
-            return "not recorded"
-        if 0 < number < SMALL:
-            return f"<{SMALL}"
-        return f"about {round(number, -1):,}" if self.is_rounded and number else f"{number:,}"
 
 
 def _data(record: TrainingRecord) -> Iterator[str]:
@@ -401,8 +452,7 @@ def _evaluation(record: TrainingRecord) -> Iterator[str]:
             "(`data.eval`) in training, or score the answers of `umbrella-jax predict` with `umbrella-jax score`."
         )
         return
-    counts = (record.counts or {}).get("eval")
-    shown = _Counts(counts if counts and _is_whole(record.metrics, counts) else None)
+    shown = _shown_answers(record)
     rows = [
         (
             *(m.task, m.metric, _number(m.value)),
@@ -410,8 +460,7 @@ def _evaluation(record: TrainingRecord) -> Iterator[str]:
             "withheld" if shown.is_rounded and m.chance is not None else _number(m.chance),
             *(shown(m.answers), shown(m.subjects)),
         )
-        for m in record.metrics
-        if m.subjects >= SMALL
+        for m in _stated_metrics([record])
     ]
     if rows:
         yield from _table(("task", "metric", "value", "95 % interval", "chance", "answers", "subjects"), rows)

@@ -10,7 +10,7 @@ import numpy as np
 from convert.config_json import read_titles, stored_parts
 from convert.export_config import CARD, carried_files, export_names, write_config
 from convert.lazy_tensor import Tensor
-from convert.model_card import TrainingRecord, model_card
+from convert.model_card import TrainingRecord, model_card, training_facts
 from convert.rules import EMBED, map_tensors
 from convert.safetensors_files import write_checkpoint
 from umbrella_jax.config.schema import Template
@@ -50,7 +50,7 @@ def export(
         adapter: name of the adapter that was put onto that model before training.
         template: conversation template of the training data.
         untrained: {modality or component: reason} for those whose weights are untrained.
-        records: facts about the runs that made the parameters, for the model card.
+        records: facts about the runs that made the parameters, for the model card and umbrella_config.json.
         license: of the base, as in `model_card`.
         with_code: whether to add what PyTorch users need to load the export without this package.
         finish: called with the folder to change small files before their checksums are recorded.
@@ -96,6 +96,7 @@ def export(
         )
         (part / CARD).write_text(card, encoding="utf-8")
         stated |= {"dtype": dtype, "checksums": checksums, "with_code": with_code}
+        stated["training"] = training_facts(records)
         write_config(source_dir, part, config, names, finish=finish, **stated)
 
 

@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 from transformers import AutoTokenizer, LlavaForConditionalGeneration
 
 import umbrella_jax
+from convert.config_json import stored_training
 from convert.hub import fetch
 from convert.safetensors_files import open_checkpoint
 from convert.torch_model import load_umbrella
@@ -186,6 +187,19 @@ def test_an_export_converts_to_native_and_back(world: World, export: Path, batch
     assert contents(tmp_path / "again") == contents(export)
     for name in ("config.json", "tokenizer.json", "generation_config.json"):
         assert (tmp_path / "again" / name).read_bytes() == (export / name).read_bytes()
+    facts = stored_training(tmp_path / "native")
+    assert facts == stored_training(export)
+    assert facts == {
+        "trained": ["patch_embed"],
+        "step": f"step {STEPS}",
+        "subjects": None,
+        "conversations": "<10",
+        "tasks": {},
+    }
+    record = tmp_path / "native" / "umbrella_config.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"training": {**facts, "tasks": {"T1": 0.9}}}))
+    with pytest.raises(ConfigError, match=f"{record}: training: not as `convert to-hf` writes it"):
+        stored_training(tmp_path / "native")
 
 
 @pytest.fixture(scope="module")

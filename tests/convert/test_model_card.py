@@ -5,10 +5,11 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import yaml
 from huggingface_hub import ModelCard
 
 from convert.config_json import read_config
-from convert.model_card import TaskMetric, TrainingRecord, model_card
+from convert.model_card import TaskMetric, TrainingRecord, model_card, training_facts
 from tests.helpers.checkpoints import MODALITIES, write_umbrella
 
 ACCURACY = TaskMetric("sex", "accuracy", 0.875, 0.8, 0.95, 0.6, 100, 100)
@@ -58,6 +59,12 @@ def test_front_matter_is_what_the_hub_reads(card: Any) -> None:
     assert 'AutoProcessor.from_pretrained("sex-t1", trust_remote_code=True)' in with_code.text
     (result,) = data.eval_results
     assert (data.model_name, result.metric_type, result.metric_value) == ("sex-t1", "accuracy", 0.875)
+    age = replace(ACCURACY, task="age", metric="mae", value=4.5)
+    each = yaml.safe_load(card(replace(RECORD, metrics=(ACCURACY, age))).split("---")[1])["model-index"][0]["results"]
+    assert [(own["dataset"]["name"], [m["value"] for m in own["metrics"]]) for own in each] == [
+        ("sex, data of the run", [0.875]),
+        ("age, data of the run", [4.5]),
+    ]
     plain = ModelCard(card(base="a folder")).data
     assert (plain.get("eval_results"), plain.get("base_model"), plain.get("license")) == (None, None, None)
 
@@ -88,6 +95,11 @@ def test_numbers_under_ten_can_be_neither_read_nor_computed(card: Any) -> None:
     assert "| evaluation | sex (classification) | about 100 | about 100 | female: about 100, 1 not named |" in text
     assert "| sex | accuracy | 0.875 | 0.800 to 0.950 | withheld | about 100 | about 100 |" in text
     assert not re.search(r"\b(97|male: 3)\b", text)
+    facts = training_facts([replace(RECORD, counts={"train": counts(97, 3), "eval": counts(97, 3)})])
+    assert (facts["subjects"], facts["tasks"]["sex"]["accuracy"]) == (
+        "about 100",
+        {"value": 0.875, "interval": [0.8, 0.95], "chance": None, "answers": "about 100"},
+    )
     assert "| training | sex (classification) | 420 | 420 |" in text
 
 
@@ -97,6 +109,8 @@ def test_tasks_with_few_subjects_have_no_metrics(card: Any) -> None:
     assert "Fewer than 10 subjects, not shown: rare." in text
     assert "| rare |" not in text
     assert len(ModelCard(text).data.eval_results) == 1
+    facts = training_facts([replace(RECORD, metrics=(ACCURACY, few), counts={"train": counts(700, 720)})])
+    assert (facts["tasks"].keys(), facts["trained"], facts["subjects"]) == ({"sex"}, ["patch_embed"], 1420)
 
 
 def test_numbers_and_texts_are_not_listed(card: Any) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from convert.checksum import folder_checksums
-from convert.config_json import read_titles, stored_modalities, stored_parts
+from convert.config_json import read_titles, stored_modalities, stored_parts, stored_training
 from convert.export_config import CARD, export_names, write_config
 from convert.lazy_tensor import Tensor, host_memory
 from convert.model_card import TrainingRecord, model_card
@@ -36,6 +36,7 @@ def write_description(
     untrained: Mapping[str, str] | None = None,
     checksums: Mapping[str, str] | None = None,
     first_steps: Mapping[str, int] | None = None,
+    training: Mapping[str, Any] | None = None,
 ) -> None:
     """Write everything but the weights to `directory`: config.json, umbrella_config.json, and the tokenizer.
 
@@ -44,6 +45,7 @@ def write_description(
         untrained: {part: reason} for untrained parts (`Checkpoint.untrained`).
         checksums: {file: checksum} of the weights.
         first_steps: {modality: first step of the run that shows it} (`EpochPlan.first_steps`).
+        training: facts about the training of these weights, as `convert.config_json.stored_training` returns them.
     """
     write_config(
         checkpoint.description,
@@ -57,6 +59,7 @@ def write_description(
         untrained=untrained,
         checksums=checksums,
         first_steps=first_steps,
+        training=training,
         finish=lambda part: save_tokenizer(checkpoint.tokenizer(), part) if checkpoint.notes else None,
     )
 
@@ -75,8 +78,16 @@ def write_native(checkpoint: Checkpoint, directory: Path, *, dtype: str = "auto"
     with new_folder(directory) as part:
         save_params(part / PARAMS, params)
         checksums = folder_checksums(part / PARAMS)
-        stored = params[EMBED].dtype.name
-        write_description(checkpoint, part, dtype=stored, untrained=checkpoint.untrained, checksums=checksums)
+        stated: dict[str, Any] = {"dtype": params[EMBED].dtype.name, "untrained": checkpoint.untrained}
+        stated["training"] = _training_of_same_weights(checkpoint)
+        write_description(checkpoint, part, checksums=checksums, **stated)
+
+
+def _training_of_same_weights(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the facts about the training that an export records, {} if a native checkpoint of it has other weights."""
+    own = checkpoint.description
+    is_same = not checkpoint.is_derived and _applied(checkpoint) is None
+    return stored_training(own) if is_same and stored_modalities(own) == checkpoint.config.modalities else {}
 
 
 def untrained_to_leave_out(checkpoint: Checkpoint) -> dict[str, str]:
