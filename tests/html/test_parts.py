@@ -2,9 +2,11 @@
 
 import base64
 import gzip
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
+from xml.etree import ElementTree
 
 import nibabel as nib
 import numpy as np
@@ -12,12 +14,14 @@ import pytest
 
 from tests.helpers import browser
 from tests.helpers.devtools import Browser
+from umbrella_jax.html.axes import Axis, round_numbers
 from umbrella_jax.html.charts import count_table, histogram_of
 from umbrella_jax.html.curves import line_chart
 from umbrella_jax.html.mosaics import MOST_SLICES, draw_mosaics
 from umbrella_jax.html.page import render_page
+from umbrella_jax.html.points import Point, point_chart
 from umbrella_jax.html.scan_panels import EmbeddedScan, PageScans, crosshair, embed_map, embed_scan
-from umbrella_jax.html.slices import stack_slices
+from umbrella_jax.html.slices import grey_range, stack_slices
 from umbrella_jax.html.tables import DataTable, TableCell, TableColumn
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>'\""
@@ -29,24 +33,26 @@ ROWS = (
     (HOSTILE, HOSTILE, TableCell("many", key=1e6, severity="warning")),
 )
 TEMPLATE = """{% extends "pages.html" %}
-{% from "parts.html" import data_table, count_table, histogram, line_chart, scan_panel %}
+{% from "parts.html" import data_table, count_table, histogram, line_chart, point_chart, scan_panel %}
 {% block title %}parts{% endblock %}
 {% block body %}<main><h1>Parts</h1>
 {% if table %}{{ data_table(table) }}{% endif %}
 {% for plot in plots %}{{ histogram(plot) }}{% endfor %}
 {% if counts %}{{ count_table(counts) }}{% endif %}
-{% if chart %}{{ line_chart(chart) }}{% endif %}
+{% for chart in curves %}{{ line_chart(chart) }}{% endfor %}
+{% if points %}{{ point_chart(points) }}{% endif %}
 {% for panel in panels %}{% call scan_panel(panel) %}<p>picture</p>{% endcall %}{% endfor %}
 </main>{% endblock %}"""
 
 
 @pytest.fixture
 def write(tmp_path: Path) -> Callable[..., Path]:
-    """`write(table=…, plots=…, counts=…, chart=…, panels=…, scans=…)` writes a page with a script."""
+    """`write(table=…, plots=…, counts=…, curves=…, points=…, panels=…, scans=…)` writes a page with a script."""
 
     def make(**parts: object) -> Path:
         (tmp_path / "template.html").write_text(TEMPLATE)
-        values = {"table": None, "plots": [], "counts": None, "chart": None, "panels": [], "scans": None, **parts}
+        values = {"table": None, "counts": None, "points": None, "scans": None, "plots": [], "curves": [], "panels": []}
+        values |= parts
         render_page(tmp_path / "template.html", tmp_path / "page.html", script=True, **values)  # type: ignore[arg-type]
         return tmp_path / "page.html"
 
@@ -119,19 +125,40 @@ def test_long_tables_show_their_first_rows(write: Callable[..., Path]) -> None:
     ]
 
 
-def test_ranges_filter_numbers(write: Callable[..., Path]) -> None:
-    columns = (TableColumn("file"), TableColumn("confidence", "range"))
-    rows = [("a", 0.25), ("b", 0.75), ("c", None)]
+def test_columns_filter_by_their_kind_and_rows_can_be_saved(write: Callable[..., Path]) -> None:
+    columns = (TableColumn("file"), TableColumn("subject", "name"), TableColumn("confidence", "range"))
+    rows = [("a", "S1", 0.25), ("b", "S2", 0.75), ("c", "S11", None), ("S1", "S3", math.inf), ("d", "S4", math.nan)]
     result = browser.evaluate(
         write(table=DataTable("answers", "All answers", columns, rows)),
         """
         const rows = () => [...document.querySelectorAll("tbody th")].map(cell => cell.innerText);
         const [from, to] = document.querySelectorAll("input[type=number]");
         const fire = (field, value) => { field.value = value; field.dispatchEvent(new Event("input")); return rows(); };
-        return [rows(), fire(from, "0.5"), fire(from, ""), fire(to, "0.25"), from.getAttribute("aria-label")];
+        const state = () => rows().join("");
+        const reset = document.querySelector(".controls > button");
+        const states = [state(), reset.hidden];
+        fire(from, "0.5"); states.push(state());
+        fire(from, ""); fire(to, "0.25"); states.push(state(), from.getAttribute("aria-label"));
+        fire(to, "");
+        const subject = document.querySelectorAll("input[type=search]")[1];
+        fire(subject, "s1"); states.push(state(), subject.labels[0].innerText.trim());
+        const heading = document.querySelectorAll("thead button")[2];
+        fire(subject, ""); heading.click(); states.push(state()); heading.click(); states.push(state());
+        const saved = [];
+        URL.createObjectURL = (content) => saved.push(content) && "data:,";
+        HTMLAnchorElement.prototype.click = function () { saved.push(this.download); };
+        fire(subject, "S2"); document.querySelector(".controls > button + button").click();
+        states.push(await saved[0].text(), saved[1]);
+        reset.click(); states.push(state(), subject.value, reset.hidden, document.activeElement.type);
+        return states;
         """,
     )
-    assert result == [["a", "b", "c"], ["b"], ["a", "b", "c"], ["a"], "confidence from"]
+    assert result[:2] == ["abcS1d", True]
+    assert result[2:4] == ["bS1", "a"]
+    assert result[4:7] == ["confidence from", "ac", "subject"]  # `S1` is the file of another subject
+    assert result[7:9] == ["abS1cd", "S1bacd"]  # infinity is a number; NaN and nothing are unknown, and last
+    assert result[9:11] == ["file,subject,confidence\r\nb,S2,0.75\r\n", "answers.csv"]
+    assert result[11:] == ["abcS1d", "", True, "search"]
 
 
 def brightening(frames: int = 0) -> np.ndarray:
@@ -195,7 +222,45 @@ def test_scans_open_in_panels(write: Callable[..., Path], chromium: Browser) -> 
             assert min(red, blue) > 2000
             tab.choose(".panel .slider:nth-child(7) input", "60")  # the map is -0.5 where it is below 0
             assert tab.evaluate(count)[0] > 2000 > 20 * tab.evaluate(count)[1]
+            for width in (1280, 400):  # the crosshair's lines are as wide as on any screen, and little is left black
+                tab.resize(width, 1800)
+                tab.wait(f"innerWidth === {width} && new Promise((done) => setTimeout(() => done(true), 300))")
+                stage, line = tab.evaluate(
+                    "(({nv}, {clientWidth: w, clientHeight: h}) => [[w, h], nv.opts.crosshairWidth * "
+                    "Math.abs(nv.screenSlices[0].leftTopWidthHeight[2] / nv.screenSlices[0].fovMM[0])])"
+                    "([...openPanels.values()][0], document.querySelector('.panel-stage'))"
+                )
+                assert line == pytest.approx(1.5, rel=0.05)
+                row = (stage[0] - 8) * 60 / 64  # height of three planes side by side that fill the width
+                assert stage[1] == pytest.approx(min(480, row), abs=2)
             assert "orientation unknown" in tab.evaluate("document.querySelectorAll('.panel-readout')[1].textContent")
+
+
+def test_pages_open_the_scans_that_are_in_view(write: Callable[..., Path], chromium: Browser) -> None:
+    """More scans than a browser draws at a time open one after the other, and none is lost."""
+    scans = PageScans()
+    panels = [scans.panel(f"scan {i}", embed_scan(brightening() + i, "LAS", None)) for i in range(10)]
+    page = write(panels=panels, scans=scans)
+    with chromium.open(page.as_uri(), width=500, height=300) as tab:
+        boxes, is_open = "[...document.querySelectorAll('.scan')]", "e.classList.contains('is-open')"
+        tab.wait(f"{boxes}[0].classList.contains('is-open')")
+        tab.evaluate("document.querySelector('.panel input').focus()")
+        for i in range(len(panels)):
+            tab.evaluate(f"{boxes}[{i}].scrollIntoView({{behavior: 'instant'}})")
+            tab.wait(f"{boxes}[{i}].classList.contains('is-open')")
+        assert tab.evaluate(f"{boxes}.filter(e => {is_open}).length") == tab.evaluate("MOST_PANELS") < len(panels)
+        assert tab.evaluate(f"{boxes}.map(e => Number({is_open}))")[:2] == [1, 0], "the panel with the focus stays"
+        last = f"{boxes}[{len(panels) - 1}]"
+        tab.evaluate(
+            f"{last}.querySelector('canvas').getContext('webgl2').getExtension('WEBGL_lose_context').loseContext()"
+        )
+        tab.wait(f"{last}.innerText.includes('stopped drawing this scan') && !{last}.classList.contains('is-open')")
+        assert tab.evaluate(f"{last}.querySelector('.pictures').checkVisibility()")
+        tab.evaluate(f"{boxes}[0].scrollIntoView({{behavior: 'instant'}})")
+        tab.wait(f"!inView.has({last})")
+        tab.evaluate(f"{last}.scrollIntoView({{behavior: 'instant'}})")
+        tab.wait(f"{last}.classList.contains('is-open') && !{last}.innerText.includes('stopped drawing')")
+        assert tab.errors == []
 
 
 def test_pages_without_webgl_keep_their_pictures(write: Callable[..., Path], chromium: Browser) -> None:
@@ -238,6 +303,24 @@ def test_embedded_scans_keep_voxels_and_sides(codes: str | None) -> None:
         np.testing.assert_allclose(nib.affines.apply_affine(image.affine, [9.5, 11.5, 14.5]), 0)
 
 
+def test_embedded_scans_of_files_count_mm_from_their_origin() -> None:
+    affine = np.array([[-2.0, 0, 0, 90], [0, 2, 0, -126], [0, 0, 2, -72], [0, 0, 0, 1]])
+    scan = embed_scan(brightening(), "LAS", (2, 2, 2), affine=affine)
+    image = nib.Nifti1Image.from_bytes(gzip.decompress(base64.b64decode(scan.content)))
+    np.testing.assert_array_equal(image.affine, affine)
+    assert (scan.origin, PageScans().panel("a", scan).origin) == ("", "")
+
+
+def test_outliers_and_small_masks_keep_their_values() -> None:
+    volume = brightening()
+    volume[3, 4, 5] = 1e6  # more than 128 times the range from black to white
+    image = nib.Nifti1Image.from_bytes(gzip.decompress(base64.b64decode(embed_scan(volume, "LAS", None).content)))
+    np.testing.assert_allclose(image.get_fdata(), volume, rtol=1e-6, atol=2)
+    mask = np.zeros((20, 24, 30), np.float32)
+    mask[9, 9, 9:12] = 0.5
+    assert grey_range(mask) == (0, 0.5)
+
+
 def test_scans_beyond_the_limit_stay_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     scan = embed_scan(brightening(), "LAS", None)
     size = len(scan.content)
@@ -248,6 +331,11 @@ def test_scans_beyond_the_limit_stay_pictures(monkeypatch: pytest.MonkeyPatch) -
     assert scans.summary().endswith("2 scans more did not fit: pictures only.")
     monkeypatch.setattr("umbrella_jax.html.scan_panels.SCAN_LIMIT", 2 * size)
     assert embed_scan(brightening(40), "LAS", None).note == "the first 2 of 40 frames"
+    growing = np.random.default_rng(0).normal(size=(20, 24, 30, 9)).astype(np.float32)
+    growing[..., 0] = 0  # compresses to next to nothing
+    limited = embed_scan(growing, "LAS", None)
+    assert 0 < len(limited.content) <= 2 * size
+    assert limited.note
 
 
 def test_long_axes_are_shown_at_even_distances() -> None:
@@ -263,10 +351,10 @@ def test_long_axes_are_shown_at_even_distances() -> None:
 def test_curves_are_read_smoothed_and_logarithmic(write: Callable[..., Path], chromium: Browser) -> None:
     loss = [(step, 100.0 if step % 2 else 1.0) for step in range(1, 101)]
     curves = {HOSTILE: loss, "evaluation": [(50, 3.0), (100, 2.0)]}
-    chart = line_chart("loss", curves, text="ends", last=100, chance={"evaluation": 5.0}, few=False)
-    assert (chart.x(0), chart.x(100)) == (chart.left, chart.right)
-    assert (chart.y(chart.linear.low), chart.y(chart.linear.high)) == (chart.bottom, chart.top)
-    page = write(chart=chart)
+    chart = line_chart("loss", curves, text="ends", last=100, chance={"evaluation": 5.0})
+    assert (chart.x(0), chart.x(100)) == (chart.frame.left, chart.frame.right)
+    assert (chart.y(chart.linear.low), chart.y(chart.linear.high)) == (chart.frame.bottom, chart.frame.top)
+    page = write(curves=[chart, line_chart("rate", {"": loss}, text="", last=100)])
     assert page.read_text().count('class="stroke-1 level"') == 1, "chance, also without the script"
     with chromium.open(page.as_uri()) as tab:
         assert tab.text(".chart-values") == f"step 100: {HOSTILE} 1.000, evaluation 2.000"
@@ -279,16 +367,60 @@ def test_curves_are_read_smoothed_and_logarithmic(write: Callable[..., Path], ch
         smooth = float(tab.text(".chart-values").split(HOSTILE)[1].split(",")[0])
         assert 45 < smooth < 60, "the mean of 1 and 100"
         assert len({before, logarithmic, tab.evaluate("document.querySelector('.lines').innerHTML")}) == 3
+        last = "document.querySelectorAll('.chart-values')[1].textContent"
+        assert tab.evaluate(last) == "step 49: 100.0", "charts are read together"
+        tab.click("button.key")
+        assert HOSTILE not in tab.text(".chart-values")
+        assert tab.evaluate("document.querySelectorAll('.curves .lines')[0].querySelectorAll('path').length") == 3
+        tab.click("button.key")
+        assert HOSTILE in tab.text(".chart-values")
+        svg = tab.evaluate("svgFile(document.querySelector('.curves svg'))")
+        drawn = ElementTree.fromstring(svg)
+        assert 'stroke="rgb(47, 111, 174)"' in svg, "the style of the page is in the file"
+        assert not any("class" in part.attrib for part in drawn.iter() if part is not drawn)
         assert (tab.accessibility(), tab.errors) == ([], [])
 
 
-def test_evaluations_start_at_zero_and_few_points_have_marks() -> None:
-    chart = line_chart("evaluation: mae", {"age": [(960, 7.5)], "sex": []}, text="", last=1000, chance={}, few=True)
+def test_points_have_axes_and_a_row_without_values(write: Callable[..., Path], chromium: Browser) -> None:
+    points = [
+        Point(0.0, 0.0, "one", label="7", radius=9),
+        Point(1.0, 0.5, HOSTILE, low=0.25, high=0.75),
+        Point(1.0, 0.5, "covered"),
+        Point(0.5, None, "no value"),
+        Point(0.5, 1e9, "far"),
+    ]
+    chart = point_chart(
+        "calibration", points, text="", x_name="x", y_name="y", axis=Axis.linear(0, 1), missing="none",
+        headings=("x", "y"), rows=[("0", HOSTILE)],
+    )  # fmt: skip
+    (zero, half, missing, far), frame = chart.points, chart.frame
+    assert half.text == f"{HOSTILE}; 1 more in the same place"
+    assert chart.diagonal == (frame.left, zero.y, frame.right, far.y), "from 0 to 1 on both axes"
+    assert far.y == frame.top < half.high < half.y < half.low < zero.y < chart.missing_above < missing.y < frame.bottom
+    assert [point.shape for point in chart.points] == ["dot", "dot", "cross", "edge"]
+    assert chart.y_ticks[-1] == (missing.y, "none")
+    page = write(points=chart)
+    with chromium.open(page.as_uri(), width=400, dark=True) as tab:
+        assert tab.evaluate("[...document.querySelectorAll('.chart circle')].map(e => e.textContent)")[1] == half.text
+        assert (tab.accessibility(), tab.errors) == ([], [])
+    assert browser.measure(page, 400)["out"] == []
+
+
+@pytest.mark.parametrize("ends", [(0, 0), (5, 5), (-1e-5, -1e-5), (0.6931471805599453, 0.6931471805599454), (0, 3e38)])
+def test_axes_have_two_ends(ends: tuple[float, float]) -> None:
+    numbers = round_numbers(*ends)
+    assert numbers[0] <= ends[0] <= ends[1] <= numbers[-1]
+    assert numbers[0] < numbers[-1]
+    assert 2 <= len(numbers) <= 8
+
+
+def test_few_points_start_at_zero_and_few_points_have_marks() -> None:
+    chart = line_chart("evaluation: mae", {"age": [(960, 7.5)], "sex": []}, text="", last=1000, few=True)
     assert (chart.linear.low, chart.has_marks, [line.name for line in chart.lines]) == (0, True, ["age"])
-    chart = line_chart("evaluation: accuracy", {"sex": [(9, 0.75)]}, text="", last=9, chance={"sex": 0.5}, few=True)
+    chart = line_chart("accuracy", {"sex": [(9, 0.75)]}, text="", last=9, chance={"sex": 0.5}, ends=(0, 1), few=True)
     assert (chart.linear.low, chart.linear.high, chart.lines[0].level) == (0, 1, 0.5)
     noise = [(step, float(step % 7 == 0) * step) for step in range(100_000)]
-    (line,) = line_chart("loss", {"": noise}, text="", last=100_000, chance={}, few=False).lines
+    (line,) = line_chart("loss", {"": noise}, text="", last=100_000).lines
     assert len(line.points) < 2000
     assert max(value for _, value in line.points) == max(value for _, value in noise)
 
@@ -300,7 +432,7 @@ def test_histograms_have_axes_and_numbers(write: Callable[..., Path]) -> None:
     assert plot is not None
     assert plot.counts.totals == (300, 20)
     assert len(plot.counts.rows) == 20
-    assert plot.x_ticks[0][0] >= plot.left
+    assert plot.x_ticks[0][0] >= plot.frame.left
     heights = [bar.height for bar in plot.bars if bar.set_index == 1]
     counts = [row[1] for _, row in plot.counts.rows if row[1]]
     np.testing.assert_allclose(np.divide(heights, counts), heights[0] / counts[0])
@@ -319,7 +451,7 @@ def test_histograms_have_axes_and_numbers(write: Callable[..., Path]) -> None:
     [
         ([2.0, 2.0, 2.2, 2.0], [("2", (3,)), ("2.2", (1,))]),
         ([0.5, 40.5], ["0.5 to 2.5", "38.5 to 40.5"]),  # measured numbers seldom repeat
-        ([np.nan, np.inf], None),
+        ([np.nan, np.inf, 1e308, -1e308], None),
         (range(100, 120), [(str(n), (1,)) for n in range(100, 120)]),
         ([*range(1, 101), 1000, 40], ["1 to 1.413", "707.9 to 1000"]),  # logarithmic: 1000 / 1 >= 100
     ],

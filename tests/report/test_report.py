@@ -1,10 +1,12 @@
 """A run's page: every number in it is that of the run's files, it holds all it shows, and it is legible."""
 
+import html
 import json
 import math
 import re
 import shutil
 from collections import Counter
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -238,7 +240,7 @@ def test_curves_are_those_of_the_metrics(page: Page, run: Path) -> None:
     assert curves["evaluation: accuracy"] == {task: found(f"eval_accuracy/{task}") for task in ("pair", "side")}
     assert curves["evaluation: mae (years)"] == {"age": found("eval_mae/age")}
     drawn = [str(of["aria-label"]) for tag, of in page.elements if tag == "svg" and of.get("role") == "img"]
-    assert [label.split(" over")[0] for label in drawn] == list(curves)
+    assert [label.split(" over the steps")[0] for label in drawn if " over the steps" in label] == list(curves)
 
 
 def test_the_page_has_the_data_parameters_and_versions_of_the_run(page: Page, made: tuple[World, Path]) -> None:
@@ -331,8 +333,8 @@ def test_answers_are_listed_to_sort_and_filter(page: Page, run: Path, rows: Rows
         headings = tab.evaluate("[...document.querySelectorAll('#answers-of-all th[scope=col]')].map(e => e.innerText)")
         assert headings == ["conversation", "subject", "task", "result", "expected", "answered", "error", "probability",
                             "reference_label", "comparison_type"]  # fmt: skip
-        tab.choose(".data label:nth-of-type(2) select", "side")
-        tab.choose(".data label:nth-of-type(3) select", "wrong")
+        tab.choose(".data label:nth-of-type(3) select", "side")
+        tab.choose(".data label:nth-of-type(4) select", "wrong")
         body = "[...document.querySelector('#answers-of-all tbody').rows]"
         cells = f"{body}.map(row => [...row.cells].map(e => e.innerText))"
         shown = tab.evaluate(cells)
@@ -408,23 +410,41 @@ def test_explanations_are_laid_over(run: Path, rows: Rows, tmp_path: Path) -> No
         assert np.abs(grey[plain] - both[plain]).max() < 8, "the same slices"
 
 
-def test_diagrams_are_legible(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is clipped; answers without a number have a row of their own."""
-    monkeypatch.setattr(figures, "_svg", lambda figure: figure.axes[0])
-    axes: Any = figures.draw_calibration([facts.Bin(40, 1.0, 1.0)])
-    assert not axes.collections[0].get_clip_on()
-    coverage = Figure(0.5, 0.3, 0.6, 12, 12, None)
-    axes = figures.draw_coverage([CalibratedLevel(80, 0.82, coverage, Figure(9.0, None, None, 12, 12, None))])
-    (whisker,) = axes.collections[0].get_segments()
-    assert whisker.tolist() == [[0.82, 0.3], [0.82, 0.6]]
-    assert axes.collections[1].get_offsets().tolist() == [[0.82, 0.5]]
-    axes = figures.draw_numbers([(20.0, 30.0), (60.0, 55.0), (20.0, None)], "years")
-    ((_, cross),) = axes.collections[1].get_offsets()
+def test_methods_and_commands_are_those_of_the_run(page: Page, run: Path, baselines: Path) -> None:
+    (text,) = re.findall('<div class="to-copy">(.*?)</div>', page.text, re.DOTALL)
+    trained, frozen = page.numbers["trains"]["total"]
     assert (
-        dict(zip(axes.get_yticks(), (text.get_text() for text in axes.get_yticklabels()), strict=True))[cross]
-        == "no number"
+        f"We trained patch_embed of base with umbrella-jax {metadata.version('umbrella-jax')}: "
+        f"{trained:,} of {trained + frozen:,} parameters" in text
     )
-    assert cross < axes.lines[-1].get_ydata()[0] < 20, "below a line, below all answers"
+    assert "rsfMRI volumes were reoriented to RAS, cut into windows of 4 frames" in text
+    assert f"Training took {STEP} steps ({STEP} epochs) of 6 conversations with AdamW (learning rate 0.01," in text
+    assert "asked without the evidence (blank). Baselines are cnn, probe;" in text
+    (commands,) = re.findall('<pre class="to-copy" tabindex="0">(.*?)</pre>', page.text, re.DOTALL)
+    words = html.unescape(commands).split("again")[-1].replace("\\\n", " ").split()
+    assert words == ["umbrella-jax", "report", str(run), "--baseline", str(baselines), "--samples", "30"]
+
+
+def test_charts_have_the_numbers() -> None:
+    """Calibration and coverage are on axes from 0 to 1; an absurd answer and one without a number keep their places."""
+    chart = figures.calibration_chart([facts.Bin(40, 1.0, 1.0), facts.Bin(10, 0.5, 0.25)])
+    frame = chart.frame
+    assert (chart.points[0].x, chart.points[0].y) == (frame.right, frame.top)
+    assert [point.label for point in chart.points] == ["40", "10"]
+    area = [(point.radius - 3) ** 2 for point in chart.points]
+    assert area[0] == pytest.approx(4 * area[1])
+    coverage = Figure(0.5, 0.3, 0.6, 12, 12, None)
+    (level,) = figures.coverage_chart(
+        [CalibratedLevel(80, 0.82, coverage, Figure(9.0, None, None, 12, 12, None))]
+    ).points
+    assert level.x == pytest.approx(frame.left + 0.82 * (frame.right - frame.left))
+    assert level.low - level.high == pytest.approx(0.3 * (frame.bottom - frame.top))
+    chart = figures.number_chart([(20.0, 30.0), (60.0, 55.0), (20.0, None), (40.0, 1e12)], "years")
+    assert [point.shape for point in chart.points] == ["dot", "dot", "cross", "edge"]
+    assert chart.x_name == "true (years)"
+    assert "1 answer beyond the axis" in chart.text
+    assert "without a number" in chart.text
+    assert chart.points[0].y - chart.points[1].y > 50, "the absurd answer leaves room for the others"
 
 
 def test_groups_and_corrected_errors_are_those_of_score(run: Path, rows: Rows, tmp_path: Path) -> None:
@@ -545,5 +565,5 @@ def test_no_page_without_its_packages(copy: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("umbrella_jax.report.page.read_facts", lambda *_, **__: pytest.fail("work was begun"))
     assert "expected the name of a file" in refused(copy, "--out", copy / "none" / "page.html")
     assert "--explain: no conversations" in refused(copy, "--samples", 0, "--explain", "gradient")
-    monkeypatch.setattr(html_page, "_installed", lambda module: module != "matplotlib")
-    assert "matplotlib not installed; pip install 'umbrella-jax[report]'" in refused(copy)
+    monkeypatch.setattr(html_page, "_installed", lambda module: module != "PIL")
+    assert "pillow not installed; pip install 'umbrella-jax[report]'" in refused(copy)

@@ -4,17 +4,16 @@ Sets differ in size, so bars are percentages of their set. Every histogram comes
 who do not see it.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 
-WIDTH, HEIGHT = 376, 190
-"""Size of a histogram in pixels."""
-_LEFT, _RIGHT, _TOP, _BOTTOM = 62, 14, 12, 44
-"""Pixels between its edges and the plot, for ticks and names of the axes."""
+from umbrella_jax.html.axes import FRAME, Axis, PlotFrame, logarithmic_numbers, round_numbers, uncrowded
+
+_LARGEST = 1e150
+"""Size of the largest number of a histogram: the range of larger ones may be infinite."""
 _WIDEST = 40
 """Most pixels across a bar."""
 _DISTINCT = 12
@@ -76,12 +75,7 @@ class Histogram:
     """Pixels from the top, and the percentage there."""
     logarithmic: bool
     """Whether the horizontal axis is logarithmic."""
-    width: int = WIDTH
-    height: int = HEIGHT
-    left: int = _LEFT
-    right: int = WIDTH - _RIGHT
-    top: int = _TOP
-    bottom: int = HEIGHT - _BOTTOM
+    frame: PlotFrame = FRAME
 
 
 def count_table(title: str, counts: Mapping[str, Mapping[str, int]], *, axis: str, counted: str) -> CountTable:
@@ -100,7 +94,7 @@ def histogram_of(
 
     Args:
         title: of the histogram.
-        values: {set: numbers}. Those that are not finite are left out.
+        values: {set: numbers}. Those that are not finite, or beyond ±1e150, are left out.
         axis: name of the numbers and their unit, such as `TR (s)`.
         counted: noun in the plural, such as `volumes`.
         bins: number of intervals; fewer for whole numbers with a smaller range.
@@ -109,7 +103,7 @@ def histogram_of(
         The histogram, None if no number is finite.
     """
     arrays = {name: np.asarray(row, np.float64) for name, row in values.items()}
-    arrays = {name: row[np.isfinite(row)] for name, row in arrays.items()}
+    arrays = {name: row[np.abs(row) < _LARGEST] for name, row in arrays.items()}
     pooled = np.concatenate([*arrays.values(), []])
     distinct = np.unique(pooled)
     if not len(distinct):
@@ -130,7 +124,8 @@ def histogram_of(
         counts = {name: np.histogram(row, edges)[0].tolist() for name, row in arrays.items()}
         names = [f"{a:g}" if whole and b - a == 1 else f"{a:.4g} to {b - whole:.4g}" for a, b in pairwise(edges)]
         scale: Callable[[np.ndarray], np.ndarray] = np.log if logarithmic else np.asarray
-        marks = [mark for mark in (powers_of_ten if logarithmic else round_numbers)(low, high) if low <= mark <= high]
+        marks = (logarithmic_numbers if logarithmic else round_numbers)(low, high)
+        marks = [mark for mark in marks if low <= mark <= high]
         places = np.interp(scale(np.array(marks)), scale(edges), np.arange(len(edges)))
         ticks = [(float(place), f"{mark:,g}") for place, mark in zip(places, marks, strict=True)]
     rows = tuple((name, tuple(row[i] for row in counts.values())) for i, name in enumerate(names))
@@ -140,16 +135,16 @@ def histogram_of(
 
 def _lay_out(table: CountTable, ticks: Sequence[tuple[float, str]], logarithmic: bool) -> Histogram:
     """Place bars and ticks; `ticks` are (position, text), with 0 at the left of the first bar and 1 at its right."""
-    percentages = table.percentages
-    marks = round_numbers(0, max(map(max, percentages)))
-    slot, per_percent = (WIDTH - _RIGHT - _LEFT) / len(table.rows), (HEIGHT - _TOP - _BOTTOM) / marks[-1]
-    width, bottom = min(0.9 * slot / len(table.sets), _WIDEST), HEIGHT - _BOTTOM
+    frame, percentages = FRAME, table.percentages
+    axis = Axis.linear(0, max(map(max, percentages)))
+    slot = (frame.right - frame.left) / len(table.rows)
+    width = min(0.9 * slot / len(table.sets), _WIDEST)
     bars = [
         HistogramBar(
-            x=_LEFT + slot * (i + 0.5) + width * (j - len(table.sets) / 2),
-            y=bottom - percentages[i][j] * per_percent,
+            x=frame.left + slot * (i + 0.5) + width * (j - len(table.sets) / 2),
+            y=axis.y(percentages[i][j], frame),
             width=width,
-            height=percentages[i][j] * per_percent,
+            height=frame.bottom - axis.y(percentages[i][j], frame),
             set_index=j,
             text=f"{of_set}, {name}: {count:,} of {table.totals[j]:,} {table.counted}",
         )
@@ -157,21 +152,6 @@ def _lay_out(table: CountTable, ticks: Sequence[tuple[float, str]], logarithmic:
         for j, (of_set, count) in enumerate(zip(table.sets, counts, strict=True))
         if count
     ]
-    x_ticks = tuple((_LEFT + slot * place, text) for place, text in ticks)
-    y_ticks = tuple((bottom - mark * per_percent, f"{mark:g}") for mark in marks)
+    x_ticks = uncrowded([(frame.left + slot * place, text) for place, text in ticks])
+    y_ticks = tuple((axis.y(mark, frame), text) for mark, text in axis.ticks)
     return Histogram(table, tuple(bars), x_ticks, y_ticks, logarithmic)
-
-
-def round_numbers(low: float, high: float) -> list[float]:
-    """Return 3 to 8 multiples of 1, 2 or 5 times a power of ten, which enclose `low` and `high`."""
-    span = (high - low) or 1.0
-    power = 10.0 ** math.floor(math.log10(span / 4))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power * 5 >= span)
-    first, last = math.floor(low / step), max(math.ceil(high / step), math.floor(low / step) + 1)
-    return [float(f"{i * step:.12g}") for i in range(first, last + 1)]
-
-
-def powers_of_ten(low: float, high: float) -> list[float]:
-    """Return powers of ten from `low` to `high`, thinned to at most 7."""
-    first, last = math.ceil(math.log10(low)), math.floor(math.log10(high))
-    return [10.0**i for i in range(first, last + 1, (last - first) // 7 + 1)]

@@ -1,20 +1,18 @@
 """Lay out curves over steps, which the macro `line_chart` of `parts.html` draws as SVG.
 
 Without the page's script a chart is a picture with its numbers in words. The script adds a slider that reads the values
-at a step, smoothing, and a logarithmic axis.
+at a step, smoothing, a logarithmic axis, and buttons that hide curves.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from umbrella_jax.html.charts import powers_of_ten, round_numbers
+from umbrella_jax.html.axes import FRAME, Axis, PlotFrame, round_numbers, uncrowded
 from umbrella_jax.io.files import strict_json
 
-WIDTH, HEIGHT = 376, 230
-"""Size of a chart in pixels."""
-_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 14, 12, 40
 _MOST_POINTS = 1500
 """Points of a line. Of more, the lowest and the highest of each stretch are drawn, which looks the same."""
 _LOGARITHMIC = 20
@@ -33,15 +31,6 @@ class ChartLine:
 
 
 @dataclass(frozen=True)
-class AxisScale:
-    """One way to draw the values: linear or logarithmic."""
-
-    low: float
-    high: float
-    ticks: tuple[tuple[float, str], ...]
-
-
-@dataclass(frozen=True)
 class LineChart:
     """Curves over steps, ready to draw."""
 
@@ -51,36 +40,36 @@ class LineChart:
     lines: tuple[ChartLine, ...]
     has_marks: bool
     """Whether each point has a mark, because there are few."""
-    last: float
-    """Step at the right end."""
-    x_ticks: tuple[float, ...]
-    linear: AxisScale
-    logarithmic: AxisScale | None
+    steps: Axis
+    """The horizontal axis."""
+    linear: Axis
+    logarithmic: Axis | None
     """None if the values do not need it or are not above 0."""
     starts_logarithmic: bool
-    width: int = WIDTH
-    height: int = HEIGHT
-    left: int = _LEFT
-    right: int = WIDTH - _RIGHT
-    top: int = _TOP
-    bottom: int = HEIGHT - _BOTTOM
+    frame: PlotFrame = FRAME
 
     @property
-    def scale(self) -> AxisScale:
-        """The scale that is drawn at first."""
+    def values(self) -> Axis:
+        """The vertical axis that is drawn at first."""
         return self.logarithmic if self.logarithmic and self.starts_logarithmic else self.linear
 
     def x(self, step: float) -> float:
         """Return a step's distance from the left in pixels."""
-        return self.left + (self.right - self.left) * step / self.last
+        return self.steps.x(step, self.frame)
 
     def y(self, value: float) -> float:
         """Return a value's distance from the top in pixels, within the chart."""
-        low, high, at = self.scale.low, self.scale.high, value
-        if self.scale is self.logarithmic:
-            low, high, at = np.log((low, high, max(value, low)))
-        share = (at - low) / (high - low)
-        return self.bottom - (self.bottom - self.top) * min(max(share, 0), 1)
+        return self.values.y(value, self.frame)
+
+    @property
+    def x_ticks(self) -> tuple[tuple[float, str], ...]:
+        """(pixels from the left, step)"""
+        return uncrowded([(self.x(step), text) for step, text in self.steps.ticks])
+
+    @property
+    def y_ticks(self) -> list[tuple[float, str]]:
+        """(pixels from the top, value)"""
+        return [(self.y(value), text) for value, text in self.values.ticks]
 
     def path(self, line: ChartLine) -> str:
         """Return the SVG path of a line."""
@@ -88,18 +77,14 @@ class LineChart:
 
     def to_json(self) -> str:
         """Return what the page's script needs to draw it again."""
-        scales = {"linear": self.linear, "logarithmic": self.logarithmic}
+        frame, scales = self.frame, {"linear": self.linear, "logarithmic": self.logarithmic}
         return strict_json(
             {
-                "box": [self.left, self.right, self.top, self.bottom],
-                "last": self.last,
+                "box": [frame.left, frame.right, frame.top, frame.bottom],
+                "last": self.steps.high,
                 "marks": self.has_marks,
-                "start": "logarithmic" if self.scale is self.logarithmic else "linear",
-                "scales": {
-                    name: {"low": scale.low, "high": scale.high, "ticks": scale.ticks}
-                    for name, scale in scales.items()
-                    if scale
-                },
+                "start": "logarithmic" if self.values.is_logarithmic else "linear",
+                "scales": {name: _scale(axis) for name, axis in scales.items() if axis},
                 "lines": [{"name": line.name, "points": line.points, "level": line.level} for line in self.lines],
             }
         )
@@ -111,36 +96,40 @@ def line_chart(
     *,
     text: str,
     last: int,
-    chance: Mapping[str, float],
-    few: bool,
+    chance: Mapping[str, float] | None = None,
+    ends: tuple[float, float] | None = None,
+    few: bool = False,
+    starts_logarithmic: bool = False,
 ) -> LineChart:
     """Lay out a chart with a line per label.
 
     Args:
-        title: of the chart. The axis of an accuracy is 0 to 1, that of other evaluations starts at 0.
+        title: of the chart.
         curves: {label: (step, value)}; finite numbers.
         text: the ends of the curves in words.
         last: last step of the run, so that all charts have the same axis.
         chance: {label: value to compare with}.
+        ends: of the vertical axis; default around the values, and from 0 if there are few above it.
         few: mark each point.
+        starts_logarithmic: draw the logarithmic axis at first, if there is one.
     """
+    chance, last = chance or {}, max(last, 1)
     lines = tuple(ChartLine(name, _thinned(points), chance.get(name)) for name, points in curves.items() if points)
-    values = [value for line in lines for _, value in line.points] + [v for line in lines if (v := line.level)]
-    low, high = min(values), max(values)
-    if title.endswith("accuracy"):
-        low, high = 0.0, 1.0
-    elif few and low > 0:
+    values = [value for line in lines for _, value in line.points]
+    values += [line.level for line in lines if line.level is not None]
+    low, high = ends or (min(values), max(values))
+    if few and low > 0:
         low = 0.0  # otherwise an axis around a single evaluation shows next to nothing
-    marks = round_numbers(low, high)
-    linear = AxisScale(marks[0], marks[-1], tuple((mark, f"{mark:,g}") for mark in marks))
-    positive = [value for value in values if value > 0]
     logarithmic = None
-    if len(positive) == len(values) and max(values) >= _LOGARITHMIC * min(values):
-        ends = min(values) / 1.1, max(values) * 1.1
-        logarithmic = AxisScale(*ends, tuple((mark, f"{mark:g}") for mark in powers_of_ten(*ends)))
-    steps = tuple(step for step in round_numbers(0, max(last, 1)) if step <= max(last, 1) and step == int(step))
-    starts = title == "gradient norm"
-    return LineChart(title, text, lines, few, max(last, 1), steps, linear, logarithmic, starts)
+    if min(values) > 0 and max(values) >= _LOGARITHMIC * min(values):
+        logarithmic = Axis.logarithmic(min(values) / 1.1, max(values) * 1.1)
+    marks = [step for step in round_numbers(0, last) if step <= last and step == int(step)]
+    steps = Axis(0, last, tuple((step, f"{int(step):,}") for step in marks))
+    return LineChart(title, text, lines, few, steps, Axis.linear(low, high), logarithmic, starts_logarithmic)
+
+
+def _scale(axis: Axis) -> dict[str, Any]:
+    return {"low": axis.low, "high": axis.high, "ticks": axis.ticks}
 
 
 def _thinned(points: Sequence[tuple[int, float]]) -> tuple[tuple[float, float], ...]:

@@ -3,12 +3,14 @@
 A page makes no request. Its policy (`Content-Security-Policy` in `pages.html`) allows its styles and scripts by their
 hashes, and nothing else; everything is legible without the scripts. The parts that pages share:
 
-    parts.html      macros: data_table, count_table, histogram, line_chart, mosaics, scan_panel, embedded_scans
+    parts.html      macros: data_table, count_table, histogram, line_chart, point_chart, mosaics, scan_panel
     tables.py       the values of `data_table`: a table to sort and filter
+    axes.py         axes of all charts
     charts.py       the values of `count_table` and `histogram`, which compare sets
     curves.py       the values of `line_chart`: curves over steps
+    points.py       the values of `point_chart`: marks over two axes
     mosaics.py      the values of `mosaics`: pictures of all slices, for readers without the script
-    scan_panels.py  the values of `scan_panel` and `embedded_scans`: scans to scroll through
+    scan_panels.py  the values of `scan_panel`: scans to scroll through
     page.js         tables, charts, and scans: unpacks NiiVue when the first scan comes into view
     style.css       sizes, spaces and colours of every page, light and dark, also of `serve`
     viewer.js       `openPanel`: a scan with its overlay in NiiVue (vendor/), with controls
@@ -28,7 +30,7 @@ from umbrella_jax.html.scan_panels import PageScans
 from umbrella_jax.io.files import PRIVATE, check_output, write_whole
 
 PRIVACY = "contains participant data (pictures, names, answers): handle it like the scans"
-PACKAGES = ("matplotlib", "pillow")
+PACKAGES = ("pillow",)
 """Packages of the extra `report`."""
 _MODULES = {"pillow": "PIL"}
 """{package: its module}, if they have different names."""

@@ -22,6 +22,8 @@ _GREYS = 255
 """Steps from black to white to which voxels are rounded."""
 _MAP_STEPS = 500
 """Steps from 0 to the limit of a map to which its values are rounded."""
+CENTRE = "the centre"
+"""Where a panel counts mm from if a scan is embedded without an affine."""
 ROUNDING = f"Their voxels are rounded to 1/{_GREYS} of the range from black to white."
 """Sentence for a page that shows panels."""
 
@@ -33,6 +35,8 @@ class EmbeddedScan:
     content: str
     note: str = ""
     """What it leaves out, in words."""
+    origin: str = CENTRE
+    """From where its mm are counted; empty if from the file's own origin."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,8 @@ class ScanPanel:
     """Where the crosshair is at first: three fractions of the way to the patient's left-to-right, back-to-front and
     bottom-to-top end; empty for the centre."""
     note: str
+    origin: str
+    """As `EmbeddedScan.origin`."""
 
 
 class PageScans:
@@ -76,13 +82,13 @@ class PageScans:
         new = sum(len(content) for content in needed - self.contents.keys())
         if not scan.content or self._size + new > self._limit:
             self._left_out += 1
-            return ScanPanel(title, "", "", None, "", "")
+            return ScanPanel(title, "", "", None, "", "", "")
         self._size += new
         self._shown += 1
         for content in sorted(needed):
             self.contents.setdefault(content, f"scan-{len(self.contents) + 1}")
         overlay = self.contents[over.scan.content] if over else ""
-        return ScanPanel(title, self.contents[scan.content], overlay, over, at, scan.note)
+        return ScanPanel(title, self.contents[scan.content], overlay, over, at, scan.note, scan.origin)
 
     def summary(self) -> str:
         """Return sentences about the scans that can be scrolled, and why others cannot; empty without any."""
@@ -96,28 +102,39 @@ class PageScans:
 
 
 def embed_scan(
-    volume: np.ndarray, codes: str | None, spacing: Sequence[float] | None, repetition_time: float | None = None
+    volume: np.ndarray,
+    codes: str | None,
+    spacing: Sequence[float] | None,
+    repetition_time: float | None = None,
+    *,
+    affine: np.ndarray | None = None,
 ) -> EmbeddedScan:
-    """Encode a preprocessed volume for a panel.
+    """Encode a volume for a panel.
 
     Args:
-        volume: float32 [D, H, W] or [D, H, W, T].
+        volume: [D, H, W] or [D, H, W, T], finite.
         codes: orientation of its axes; None if unknown: the NIfTI then has no orientation either.
         spacing: mm from voxel to voxel along each axis; None for cubes.
         repetition_time: seconds from frame to frame.
+        affine: [4, 4] from voxel to mm, of a scan as stored; by default mm are counted from the centre of the array.
     """
     low, high = grey_range(volume if volume.ndim == 3 else volume[..., 0])
     step = (high - low) / _GREYS or 1.0
+    origin = CENTRE if affine is None else ""
+
+    def encode(part: np.ndarray) -> str:
+        return _encode(part, codes, spacing, low, step, (low, high), repetition_time, affine)
+
     if volume.ndim == 3:
-        content = _encode(volume, codes, spacing, low, step, (low, high))
-        return EmbeddedScan(content if len(content) <= SCAN_LIMIT else "")
+        content = encode(volume)
+        return EmbeddedScan(content if len(content) <= SCAN_LIMIT else "", origin=origin)
     frames = volume.shape[-1]
-    first = len(_encode(volume[..., :1], codes, spacing, low, step, (low, high)))
-    shown = min(frames, SCAN_LIMIT // first)
-    if not shown:
-        return EmbeddedScan("")
-    content = _encode(volume[..., :shown], codes, spacing, low, step, (low, high), repetition_time)
-    return EmbeddedScan(content, "" if shown == frames else f"the first {shown} of {frames} frames")
+    shown = min(frames, max(SCAN_LIMIT // len(encode(volume[..., :1])), 1))
+    while len(content := encode(volume[..., :shown])) > SCAN_LIMIT:  # later frames may be larger than the first
+        shown = min(max(shown * SCAN_LIMIT // len(content), 1), shown - 1)
+        if not shown:
+            return EmbeddedScan("")
+    return EmbeddedScan(content, "" if shown == frames else f"the first {shown} of {frames} frames", origin)
 
 
 def embed_map(
@@ -144,19 +161,22 @@ def _encode(
     step: float,
     window: tuple[float, float],
     repetition_time: float | None = None,
+    affine: np.ndarray | None = None,
 ) -> str:
-    """Return a gzipped NIfTI of 16-bit integers as base64, with its origin at the centre of the array."""
-    levels = np.clip(np.rint((values - low) / step), -(2**15), 2**15 - 1).astype(np.int16)
-    mm, affine = np.array(spacing or (1.0, 1.0, 1.0)), None
-    if codes is not None:
+    """Return a gzipped NIfTI as base64, whose voxels are multiples of `step` above `low`; without `affine`, with its
+    origin at the centre of the array."""
+    levels = np.rint((values - low) / step)
+    whole = levels.astype(np.int16 if np.abs(levels).max(initial=0) < 2**15 else np.float32)
+    mm = np.array(spacing or (1.0, 1.0, 1.0))
+    if affine is None and codes is not None:
         affine = np.eye(4)
         order = nib.orientations.axcodes2ornt(codes)
         affine[:3, :3] = 0
         for axis, (side, direction) in enumerate(order):
             affine[int(side), axis] = direction * mm[axis]
-        affine[:3, 3] = -affine[:3, :3] @ ((np.array(levels.shape[:3]) - 1) / 2)
-    image = nib.Nifti1Image(levels, affine)
-    image.header.set_zooms((*mm, repetition_time or 0.0)[: levels.ndim])
+        affine[:3, 3] = -affine[:3, :3] @ ((np.array(whole.shape[:3]) - 1) / 2)
+    image = nib.Nifti1Image(whole, affine)
+    image.header.set_zooms((*mm, repetition_time or 0.0)[: whole.ndim])
     image.header.set_xyzt_units("mm", "sec")
     image.header.set_slope_inter(step, low)
     image.header["cal_min"], image.header["cal_max"] = window

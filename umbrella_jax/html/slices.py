@@ -52,8 +52,11 @@ def images_to_draw(array: np.ndarray) -> list[tuple[str, np.ndarray]]:
 
 
 def grey_range(image: np.ndarray) -> tuple[float, float]:
-    """Return the intensities to draw black and white: the 0.5th and 99.5th percentiles of the volume."""
+    """Return the intensities to draw black and white: the 0.5th and 99.5th percentiles of the volume, or its ends if
+    these are the same, as those of a small mask are."""
     low, high = np.percentile(image, (0.5, 99.5))
+    if low == high:
+        low, high = image.min(), image.max()
     return float(low), float(high)
 
 

@@ -1,5 +1,6 @@
 """Tables of a page that its script can sort and filter; the macro `data_table` of `parts.html` writes them."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -11,9 +12,9 @@ class TableColumn:
 
     name: str
     """Heading, with the unit of its numbers."""
-    kind: Literal["text", "number", "range", "choice"] = "text"
-    """`number` is aligned right; `range` is a number with fields for the lowest and the highest to show. `choice` has a
-    menu of its values that filters the rows."""
+    kind: Literal["text", "name", "number", "range", "choice"] = "text"
+    """`name` has a field that filters the rows by a part of it, `choice` a menu of its values. `number` is aligned
+    right; `range` is a number with fields for the lowest and the highest to show."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,14 @@ class TableCell:
     picture: str = ""
     """Data URL of a small picture, shown beside the text."""
     severity: str = ""
-    """`fault`, `warning` or `note`; colours the text."""
+    """`fault`, `warning`, `note` or `bad`; colours the text."""
+
+    @property
+    def key_text(self) -> str:
+        """`key` as JavaScript reads it; empty if it is NaN, which is sorted as unknown."""
+        if self.key is None or math.isnan(self.key):
+            return ""
+        return repr(float(self.key)).replace("inf", "Infinity")
 
 
 @dataclass(frozen=True)

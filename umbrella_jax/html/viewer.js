@@ -22,6 +22,10 @@ const PLANES = [
   { name: "axial", from: "I", to: "S" },
 ];
 const VIEWS = { "three planes": "sliceTypeMultiplanar", axial: "sliceTypeAxial", coronal: "sliceTypeCoronal", sagittal: "sliceTypeSagittal" };
+const LAYOUTS = { grid: 2, row: 3 }; // NiiVue's numbers
+const PADDING = 4; // pixels between planes
+const LINE = 1.5; // pixels across the lines of the crosshair, and from its middle to their ends
+const GAP = 8;
 const KEYS = "Arrow keys: sagittal and axial slice. Page up and down: coronal slice. [ and ]: frame. R: reset.";
 let panels = 0;
 
@@ -101,6 +105,8 @@ class Panel {
   #sliders = {};
   #view = "three planes";
   #overlay = null;
+  #loads = { volume: 0, overlay: 0 }; // of each the number of the newest, since an older one may arrive after it
+  #resizing;
 
   constructor(host, title, at, origin) {
     this.at = at;
@@ -120,9 +126,9 @@ class Panel {
     host.replaceChildren(group);
     this.nv = new niivue.Niivue({
       logLevel: "error", dragAndDropEnabled: false, isRadiologicalConvention: true, sagittalNoseLeft: true,
-      multiplanarShowRender: 0, multiplanarPadPixels: 4, multiplanarLayout: 0, crosshairColor: [0.4, 0.78, 1, 0.85],
-      crosshairWidth: 0.3, crosshairWidthUnit: "percent", crosshairGap: 4, showAllOrientationMarkers: true, fontColor: [1, 1, 1, 1], scrollRequiresFocus: true, viewModeHotKey: "", clipPlaneHotKey: "",
-      cycleClipPlaneHotKey: "", isColorbar: false,
+      multiplanarShowRender: 0, multiplanarPadPixels: PADDING, crosshairColor: [0.4, 0.78, 1, 0.85],
+      crosshairWidthUnit: "mm", showAllOrientationMarkers: true, fontColor: [1, 1, 1, 1], scrollRequiresFocus: true,
+      viewModeHotKey: "", clipPlaneHotKey: "", cycleClipPlaneHotKey: "", isColorbar: false,
     });
     this.#stage.addEventListener("keydown", (event) => this.#press(event), true);
     this.#stage.addEventListener("wheel", (event) => {
@@ -137,13 +143,18 @@ class Panel {
     this.nv.addColormap("umbrella-negative", NEGATIVE);
     this.nv.onLocationChange = () => this.#tell();
     this.nv.onIntensityChange = () => this.#tell();
+    this.#resizing = new ResizeObserver(() => requestAnimationFrame(() => this.#fit()));
+    this.#resizing.observe(this.#canvas); // after NiiVue's own observer, so the planes have their new size
     await this.setVolume(volume);
     if (overlay) await this.setOverlay(overlay);
   }
 
   // Show another volume; the overlay is removed.
   async setVolume(source) {
+    const number = ++this.#loads.volume;
+    this.#loads.overlay += 1; // a map of the volume before
     const volume = await this.#load(source);
+    if (number !== this.#loads.volume) return;
     [...this.nv.volumes].reverse().forEach((old) => this.nv.removeVolume(old));
     this.#overlay = null;
     const { qform_code: qform, sform_code: sform } = volume.hdr;
@@ -157,7 +168,9 @@ class Panel {
 
   // Lay a map over the volume, with a colour bar and a threshold; null removes it.
   async setOverlay(source) {
+    const number = ++this.#loads.overlay;
     const map = source && (await this.#load(source));
+    if (number !== this.#loads.overlay) return;
     if (this.#overlay) this.nv.removeVolume(this.#overlay.map);
     this.#overlay = null;
     if (map) {
@@ -197,7 +210,7 @@ class Panel {
       nv.setOpacity(1, OPACITY);
     }
     this.#host.querySelector("select").value = this.#view;
-    nv.setSliceType(nv[VIEWS[this.#view]]);
+    this.#showView();
     nv.updateGLVolume();
     this.#sliders.black?.set(this.window[0]);
     this.#sliders.white?.set(this.window[1]);
@@ -206,6 +219,8 @@ class Panel {
 
   // Remove the panel and give its memory on the graphics card back.
   close() {
+    this.#loads = { volume: Infinity, overlay: Infinity }; // what is still loading is not shown
+    this.#resizing?.disconnect();
     this.nv.cleanup();
     this.#canvas.getContext("webgl2")?.getExtension("WEBGL_lose_context")?.loseContext();
     this.#host.replaceChildren();
@@ -277,7 +292,7 @@ class Panel {
     const view = make("select", {}, ...Object.keys(VIEWS).map((name) => make("option", { value: name }, name)));
     view.addEventListener("change", () => {
       this.#view = view.value;
-      nv.setSliceType(nv[VIEWS[view.value]]);
+      this.#showView();
     });
     const reset = make("button", { type: "button" }, "Reset");
     reset.addEventListener("click", () => this.reset());
@@ -286,10 +301,48 @@ class Panel {
       if (document.fullscreenElement) document.exitFullscreen();
       else this.#host.firstElementChild.requestFullscreen();
     });
-    const buttons = make("div", { className: "panel-buttons" }, make("label", {}, "view ", view), reset, whole);
+    const picture = make("button", { type: "button" }, "Save picture");
+    picture.addEventListener("click", () => this.#savePicture());
+    const buttons = make("div", { className: "panel-buttons" }, make("label", {}, "view ", view), reset, whole, picture);
     this.#sliders = sliders;
     this.#controls.replaceChildren(...Object.values(sliders).map(({ element }) => element), buttons);
     this.#buildBar();
+  }
+
+  #showView() {
+    this.nv.setSliceType(this.nv[VIEWS[this.#view]]);
+    this.#fit();
+  }
+
+  // Give the planes the layout in which they are largest, the stage their height, and the crosshair its width in pixels.
+  #fit() {
+    const { nv } = this;
+    if (!nv.volumes.length || !this.#canvas.isConnected) return;
+    const { dimsRAS, pixDimsRAS } = nv.volumes[0];
+    const [x, y, z] = [1, 2, 3].map((axis) => dimsRAS[axis] * pixDimsRAS[axis]);
+    const shapes = {
+      "three planes": { row: [x + x + y, Math.max(y, z), 2, 0], grid: [x + y, y + z, 1, 1] },
+      axial: { row: [x, y, 0, 0] }, coronal: { row: [x, z, 0, 0] }, sagittal: { row: [y, z, 0, 0] },
+    };
+    const [width, most] = [this.#stage.clientWidth, parseFloat(getComputedStyle(this.#stage).maxHeight)];
+    const fits = Object.entries(shapes[this.#view]).map(([layout, [across, up, beside, above]]) => {
+      const scale = Math.min((width - beside * PADDING) / across, (most - above * PADDING) / up);
+      return { layout, scale, height: Math.ceil(scale * up + above * PADDING) };
+    });
+    const best = fits.reduce((one, other) => (other.scale > one.scale ? other : one));
+    nv.opts.multiplanarLayout = LAYOUTS[best.layout];
+    this.#stage.style.height = `${best.height}px`; // NiiVue draws again once the canvas has it
+    nv.opts.crosshairGap = GAP / best.scale;
+    nv.setCrosshairWidth(LINE / best.scale);
+  }
+
+  #savePicture() {
+    this.nv.drawScene(); // a browser may have cleared what was drawn before
+    this.#canvas.toBlob((content) => {
+      const link = make("a", { href: URL.createObjectURL(content), download: `${this.#title.replace(/[^\p{L}\p{N}._-]+/gu, "-")}.png` });
+      link.click();
+      setTimeout(() => URL.revokeObjectURL(link.href), 60000);
+    });
   }
 
   #buildBar() {
@@ -323,7 +376,8 @@ class Panel {
   }
 
   #press(event) {
-    if (event.key === "Tab" || event.key === "Escape" || event.ctrlKey || event.metaKey || event.altKey) return;
+    const isCombined = (event.ctrlKey || event.metaKey || event.altKey) && !event.getModifierState("AltGraph"); // which types [
+    if (event.key === "Tab" || event.key === "Escape" || isCombined) return;
     event.stopPropagation(); // NiiVue has keys of its own, which no help names
     const moves = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowDown: [2, -1], ArrowUp: [2, 1], PageDown: [1, -1], PageUp: [1, 1] };
     const frames = { "[": -1, "]": 1 };

@@ -1,4 +1,4 @@
-"""List all answers of a run in a table to sort and filter: by task, right or wrong, confidence and group."""
+"""List all answers of a run in a table to sort and filter: by subject, task, right or wrong, confidence and group."""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,12 +20,9 @@ def answer_table(facts: Facts) -> DataTable:
     """Return a row for each answer, the worst first; those that the page shows in full are links."""
     columns: dict[str, tuple[Any, Callable[[Prediction, bool, str], Any]]] = {
         "conversation": ("text", lambda row, _, link: TableCell(str(row["task_id"]), link=link)),
-        "subject": ("text", lambda row, *_: subject_of(row)[1]),
+        "subject": ("name", lambda row, *_: subject_of(row)[1]),
         "task": ("choice", lambda row, *_: task_of(row)),
-        "result": (
-            "choice",
-            lambda _, failed, __: TableCell("wrong" if failed else "correct", severity="bad" * failed),
-        ),
+        "result": ("choice", lambda _, failed, __: _result(failed)),
         "expected": ("text", lambda row, *_: _shorten(row["reference"].strip() or _task(facts, row).truth(row))),
         "answered": ("text", lambda row, *_: _shorten(row["prediction"])),
     }

@@ -1,5 +1,6 @@
 """Write the page: the facts of a run with diagrams, slices of volumes and attribution maps."""
 
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -9,10 +10,10 @@ import nibabel as nib
 import numpy as np
 
 from umbrella_jax.config.schema import ModalityConfig
+from umbrella_jax.console import command_lines
 from umbrella_jax.data.conversation import Image
 from umbrella_jax.data.volume import open_volume, preprocess
 from umbrella_jax.errors import ConfigError
-from umbrella_jax.html.curves import LineChart, line_chart
 from umbrella_jax.html.page import PACKAGES, page_faults, png, render_page
 from umbrella_jax.html.scan_panels import PageScans, crosshair, embed_map, embed_scan
 from umbrella_jax.html.slices import cut_planes, draw_planes, grey_range, images_to_draw, preprocessed_geometry
@@ -22,7 +23,8 @@ from umbrella_jax.io.files import strict_json
 from umbrella_jax.report.answer_table import answer_table
 from umbrella_jax.report.evidence import abstract, limitations, task_summaries
 from umbrella_jax.report.facts import Facts, Sample, check_run, read_facts
-from umbrella_jax.report.figures import chances, curves, draw_calibration, draw_coverage, draw_numbers
+from umbrella_jax.report.figures import calibration_chart, coverage_chart, curve_charts, curves, number_chart
+from umbrella_jax.report.methods import methods
 from umbrella_jax.rundir import CHECKPOINTS, CONFIG, REPORT, Step
 from umbrella_jax.scoring.fields import compare_fields
 from umbrella_jax.scoring.metrics import Figure, short
@@ -79,7 +81,6 @@ def write_report(
         weights=explain is not None,
     )
     explained = _explained(facts, explain) if explain else [None] * len(facts.samples)
-    last, chance = max((int(line["step"] or 0) for line in facts.lines), default=0), chances(facts)
     scans = PageScans()
     cards = [_card(facts, sample, shares, scans) for sample, shares in zip(facts.samples, explained, strict=True)]
     render_page(
@@ -91,7 +92,22 @@ def write_report(
         short=short,
         evaluated=facts.data.get("eval", {}).get("conversations"),
         settings=list(_settings(facts)),
-        curves=[_chart(title, lines, last, chance) for title, lines in curves(facts) if any(lines.values())],
+        methods=methods(facts),
+        commands=_commands(
+            facts,
+            None if own else file,
+            {
+                "step": step,
+                "predictions": predictions,
+                "baseline": baseline,
+                "by": ",".join(by),
+                "adjust": ",".join(adjust),
+                "adjust-from": adjust_from,
+                "samples": samples,
+                "explain": explain,
+            },
+        ),
+        curves=curve_charts(facts),
         answers=answer_table(facts),
         abstract=abstract(facts),
         summaries=task_summaries(facts),
@@ -108,6 +124,20 @@ def write_report(
         numbers=_embedded(facts),
     )
     return facts
+
+
+def _commands(facts: Facts, file: Path | None, flags: Mapping[str, Any]) -> str:
+    """Return the commands that repeat the run, and that write this page again."""
+    run, more = shlex.quote(str(facts.run)), {} if file is None else {"out": file}
+    given = {name: value for name, value in flags.items() if value not in (None, "")}
+    return "\n".join(
+        (
+            "# train again, into another directory",
+            *command_lines("umbrella-jax train", {"config": facts.run / CONFIG, "out": "NEW"}),
+            "# write this page again",
+            *command_lines(f"umbrella-jax report {run}", more | given),
+        )
+    )
 
 
 def _settings(facts: Facts) -> Iterator[tuple[str, str]]:
@@ -152,29 +182,6 @@ def _duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {rest} s"
 
 
-def _chart(
-    title: str, lines: Mapping[str, Sequence[tuple[int, float]]], last: int, chance: Mapping[str, float]
-) -> LineChart:
-    evaluation = title.startswith("evaluation")
-    levels = chance if evaluation else {}
-    return line_chart(title, lines, text=_in_words(title, lines, chance), last=last, chance=levels, few=evaluation)
-
-
-def _in_words(title: str, lines: Mapping[str, Sequence[tuple[int, float]]], chance: Mapping[str, float]) -> str:
-    """Return the ends of curves as text, for readers who cannot see them or want the numbers."""
-
-    def ends(values: Sequence[tuple[int, float]]) -> str:
-        both = dict([values[0], values[-1]])
-        return ", ".join(f"{short(value)} at step {step}" for step, value in both.items())
-
-    texts = [f"{name} {ends(values)}".strip() for name, values in lines.items() if values]
-    if title.startswith("evaluation") and (
-        known := [f"{name} {short(chance[name])}" for name in lines if name in chance]
-    ):
-        texts.append(f"chance (dotted): {', '.join(known)}")
-    return "; ".join(texts)
-
-
 def _cells(facts: Facts, task: str) -> dict[str, list[tuple[str | None, Figure | None]]]:
     """Return {figure of a task: [(None, the run's figure), (baseline, its figure or None), ...]}."""
     others = {
@@ -194,10 +201,15 @@ def _task(facts: Facts, name: str) -> dict[str, Any]:
         "task": task,
         "figures": _cells(facts, name),
         "confusion": scores.confusion.get(name),
-        "calibration": draw_calibration(facts.calibration[name]) if name in facts.calibration else None,
-        "numbers": draw_numbers(facts.numbers[name], task.unit) if name in facts.numbers else None,
-        "intervals": draw_coverage(levels) if levels else None,
-        "unparsable": any(answer is None for _, answer in facts.numbers.get(name, ())),
+        "charts": [
+            chart
+            for chart in (
+                calibration_chart(facts.calibration[name]) if name in facts.calibration else None,
+                coverage_chart(levels) if levels else None,
+                number_chart(facts.numbers[name], task.unit) if name in facts.numbers else None,
+            )
+            if chart is not None
+        ],
     }
 
 

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import nibabel as nib
+import numpy as np
 
 from umbrella_jax.config.schema import MAX_CLASSES, OPEN_KINDS
+from umbrella_jax.console import plural
 from umbrella_jax.data.tables import parse_cell_number
 from umbrella_jax.data.voxels import open_voxels
 from umbrella_jax.errors import DataError
@@ -56,7 +58,8 @@ class ShownScan:
     path: str
     picture: str
     """Data URL; empty if it cannot be drawn."""
-    why_not: str
+    remark: str
+    """Why it cannot be drawn, or what differs from the file."""
     panel: ScanPanel
 
 
@@ -220,12 +223,19 @@ def _shown(path: Path, can_draw: bool, scans: PageScans) -> ShownScan:
     """Draw three planes of a scan as stored, and embed it; of a run, its first frame."""
     try:
         opened = open_voxels(path)
-        volume = opened.read(0)
+        volume = np.asarray(opened.read(0), np.float64)
     except DataError as error:
         return ShownScan(path.name, "", error.faults[0], scans.panel(path.name, EmbeddedScan("")))
+    remark, finite = "", np.isfinite(volume)
+    if not finite.any():
+        return ShownScan(path.name, "", "no voxel is finite", scans.panel(path.name, EmbeddedScan("")))
+    if not finite.all():
+        volume[~finite] = volume[finite].min()
+        remark = f"{plural(int((~finite).sum()), 'voxel')} not finite, shown as the smallest"
     codes = None if opened.affine is None else "".join(nib.aff2axcodes(opened.affine))
     zooms = None if opened.zooms is None else tuple(map(float, opened.zooms))
     picture = ""
     if can_draw:
         picture = png(draw_planes(cut_planes(volume, codes, zooms), *grey_range(volume), longest=150))
-    return ShownScan(path.name, picture, "", scans.panel(path.name, embed_scan(volume, codes, zooms)))
+    scan = embed_scan(volume, codes, zooms, affine=opened.affine)
+    return ShownScan(path.name, picture, remark, scans.panel(path.name, scan))

@@ -19,6 +19,8 @@ from umbrella_jax.console import plural
 from umbrella_jax.errors import ConfigError, RunError
 from umbrella_jax.models.paths import COMPONENTS, FROZEN, UNUSED, adapted_weight, component_of, modality_of
 
+TOTAL = "total"
+"""The sums in `counts`."""
 T = TypeVar("T")
 
 
@@ -98,13 +100,13 @@ def counts(
 ) -> dict[str, tuple[int, int]]:
     """Return {component: (number of trainable values, number of frozen values)}.
 
-    `lora` is a component of its own if there are adapters; the last entry is `total`.
+    `lora` is a component of its own if there are adapters; the last entry is `TOTAL`.
     """
     sizes = {name: [0, 0] for name in [*COMPONENTS, *([LORA] if any(map(adapted_weight, params)) else []), UNUSED]}
     for path, leaf in params.items():
         part = LORA if adapted_weight(path) else component_of(path)
         sizes[part][labels[path] == FROZEN] += math.prod(leaf.shape)
-    sizes["total"] = [sum(column) for column in zip(*sizes.values(), strict=True)]
+    sizes[TOTAL] = [sum(column) for column in zip(*sizes.values(), strict=True)]
     return {name: (trains, frozen) for name, (trains, frozen) in sizes.items()}
 
 
