@@ -230,7 +230,7 @@ def test_scans_open_in_panels(write: Callable[..., Path], chromium: Browser) -> 
                     "Math.abs(nv.screenSlices[0].leftTopWidthHeight[2] / nv.screenSlices[0].fovMM[0])])"
                     "([...openPanels.values()][0], document.querySelector('.panel-stage'))"
                 )
-                assert line == pytest.approx(1.5, rel=0.05)
+                assert line == pytest.approx(2, rel=0.05)
                 row = (stage[0] - 8) * 60 / 64  # height of three planes side by side that fill the width
                 assert stage[1] == pytest.approx(min(480, row), abs=2)
             assert "orientation unknown" in tab.evaluate("document.querySelectorAll('.panel-readout')[1].textContent")

@@ -158,6 +158,7 @@ function enableTable(box) {
   box.prepend(controls);
   box.append(more);
   show();
+  box.classList.add("is-ready");
 }
 
 // Charts: a slider and the pointer read the values at a step, in all charts at once; smoothing and a logarithmic axis on
@@ -410,10 +411,10 @@ function enableNavigation(nav) {
   const links = [...nav.querySelectorAll("a")];
   const headings = links.map((link) => document.getElementById(link.hash.slice(1)));
   const mark = () => {
-    const current = headings.findLastIndex((heading) => heading.getBoundingClientRect().top < innerHeight / 3);
+    const current = headings.findLastIndex((heading) => heading.getBoundingClientRect().top < 0.15 * innerHeight);
     links.forEach((link, i) => (i === current ? link.setAttribute("aria-current", "location") : link.removeAttribute("aria-current")));
   };
-  const crossing = new IntersectionObserver(mark, { rootMargin: "0px 0px -66% 0px" });
+  const crossing = new IntersectionObserver(mark, { rootMargin: "0px 0px -85% 0px" });
   headings.forEach((heading) => crossing.observe(heading));
 }
 

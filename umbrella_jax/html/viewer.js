@@ -24,8 +24,7 @@ const PLANES = [
 const VIEWS = { "three planes": "sliceTypeMultiplanar", axial: "sliceTypeAxial", coronal: "sliceTypeCoronal", sagittal: "sliceTypeSagittal" };
 const LAYOUTS = { grid: 2, row: 3 }; // NiiVue's numbers
 const PADDING = 4; // pixels between planes
-const LINE = 1.5; // pixels across the lines of the crosshair, and from its middle to their ends
-const GAP = 8;
+const LINE = 2; // pixels across the lines of the crosshair: thinner ones may miss every pixel
 const KEYS = "Arrow keys: sagittal and axial slice. Page up and down: coronal slice. [ and ]: frame. R: reset.";
 let panels = 0;
 
@@ -127,7 +126,7 @@ class Panel {
     this.nv = new niivue.Niivue({
       logLevel: "error", dragAndDropEnabled: false, isRadiologicalConvention: true, sagittalNoseLeft: true,
       multiplanarShowRender: 0, multiplanarPadPixels: PADDING, crosshairColor: [0.4, 0.78, 1, 0.85],
-      crosshairWidthUnit: "mm", showAllOrientationMarkers: true, fontColor: [1, 1, 1, 1], scrollRequiresFocus: true,
+      crosshairWidthUnit: "mm", crosshairGap: 8, showAllOrientationMarkers: true, fontColor: [1, 1, 1, 1], scrollRequiresFocus: true,
       viewModeHotKey: "", clipPlaneHotKey: "", cycleClipPlaneHotKey: "", isColorbar: false,
     });
     this.#stage.addEventListener("keydown", (event) => this.#press(event), true);
@@ -332,7 +331,6 @@ class Panel {
     const best = fits.reduce((one, other) => (other.scale > one.scale ? other : one));
     nv.opts.multiplanarLayout = LAYOUTS[best.layout];
     this.#stage.style.height = `${best.height}px`; // NiiVue draws again once the canvas has it
-    nv.opts.crosshairGap = GAP / best.scale;
     nv.setCrosshairWidth(LINE / best.scale);
   }
 

@@ -8,7 +8,7 @@ from umbrella_jax.report.facts import Facts
 from umbrella_jax.scoring.bootstrap import subject_of
 from umbrella_jax.scoring.metrics import Prediction, answer_probabilities, parse_number, task_of
 
-MOST_ROWS = 5000
+MOST_ROWS = 10_000
 """Rows of the table; the worst answers come first, and the caption states how many there are."""
 _MOST_GROUPS = 12
 """Different values up to which a column of `metadata` is a group to filter by."""
