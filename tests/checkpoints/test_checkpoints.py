@@ -26,6 +26,7 @@ from tests.helpers import checkpoints, small_run
 from tests.helpers.checkpoints import write_umbrella
 from tests.helpers.small_run import World, read_lines, umbrella
 from umbrella_jax import Batch, Llava, Processor
+from umbrella_jax.checkpoints import checkpoint
 from umbrella_jax.checkpoints.checkpoint import Checkpoint
 from umbrella_jax.checkpoints.verify import verify
 from umbrella_jax.errors import CheckpointError, ConfigError
@@ -96,6 +97,25 @@ def contents(directory: Path) -> dict[str, tuple[Any, ...]]:
 def test_a_stock_base_and_its_native_form_are_one_model(world: World, native: Path, batch: Batch) -> None:
     stock = umbrella_jax.load(world.base, modalities=small_run.modalities(), allow_untrained=True)
     np.testing.assert_array_equal(logits(umbrella_jax.load(native, allow_untrained=True), batch), logits(stock, batch))
+
+
+@pytest.mark.parametrize(("group_bytes", "calls"), [(16 << 20, 1), (20_000, 26)])
+def test_small_parameters_are_read_together(
+    native: Path, monkeypatch: pytest.MonkeyPatch, group_bytes: int, calls: int
+) -> None:
+    """Onto devices and into an export; groups of another size have the same bits."""
+    expected = {path: np.asarray(leaf) for path, leaf in Checkpoint.open(native).params().items()}
+    read = list[int]()
+    restore = checkpoint.restore_params
+    monkeypatch.setattr(checkpoint, "restore_params", lambda d, like: (read.append(len(like)), restore(d, like))[1])
+    monkeypatch.setattr(checkpoint, "_GROUP_BYTES", group_bytes)
+    placed = Checkpoint.open(native).params()
+    lazy = {path: tensor.read() for path, tensor in Checkpoint.open(native).tensors().items()}
+    assert len(read) == 2 * calls
+    assert sum(read) == 2 * len(expected)
+    for leaves in (placed, lazy):
+        assert leaves.keys() == expected.keys()
+        assert all(np.asarray(leaves[path]).tobytes() == leaf.tobytes() for path, leaf in expected.items())
 
 
 def test_run_checkpoint_and_export_are_one_model(run: Path, export: Path, native: Path, batch: Batch) -> None:
