@@ -3,6 +3,7 @@
 import gzip
 import itertools
 import re
+import tracemalloc
 import weakref
 from pathlib import Path
 
@@ -26,8 +27,10 @@ from umbrella_jax.data.volume import (
     num_windows,
     open_volume,
     preprocess,
+    reading_memory,
     resample,
     restore,
+    restoring_memory,
 )
 from umbrella_jax.data.voxels import open_voxels
 from umbrella_jax.errors import ConfigError, DataError
@@ -832,6 +835,46 @@ def test_blas_uses_one_thread_while_volumes_are_prepared(nifti, modalities):
         threads.clear()
         work(None)
         assert set(threads) == {2}
+
+
+MEMORY = {
+    "integers with a scale": (np.int16, 2.5, 0, (64, 64, 64), t1((32, 32, 32))),
+    "floats with a scale": (np.float64, 2.5, 0, (64, 64, 64), t1((32, 32, 32))),
+    "small differences": (np.float64, 1, 1e7, (64, 64, 64), t1((32, 32, 32))),
+    "negative": (np.float32, 1, -100, (64, 64, 64), t1((32, 32, 32))),
+    "padded": (np.float64, 2.5, 0, (64, 64, 64), t1((32, 32, 32), mode="pad", spacing=8.0, background="lowest")),
+    "larger than the file": (np.float64, 1, 0, (8, 8, 8), t1((64, 64, 64))),
+    "a window": (np.float64, 2.5, 0, (32, 32, 16, 24), fmri((32, 32, 16, 12))),
+    "every other frame": (np.float64, 2.5, 0, (32, 32, 16, 24), fmri((32, 32, 16, 12), stride_within_seq=2)),
+    "negative window": (np.float64, 2.5, -100, (32, 32, 16, 24), fmri((48, 48, 16, 12), background="lowest")),
+}
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+@pytest.mark.parametrize("kind", MEMORY)
+def test_reading_takes_no_more_memory_than_the_header_says(tmp_path, kind, suffix):
+    dtype, slope, mean, shape, config = MEMORY[kind]
+    values = mean + np.abs(np.random.default_rng(0).normal(0, 20 if mean < 1e6 else 1, shape))
+    content = nib.Nifti1Image(values.astype(dtype), np.diag([4.0, 4, 4, 1])).to_bytes()
+    header = nib.Nifti1Header(content[:348])
+    header.set_slope_inter(slope, 0)
+    content = header.binaryblock + content[348:]
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes(gzip.compress(content, 1) if suffix == ".nii.gz" else content)
+    bound, peak = reading_memory(open_volume(path, config), config), traced_peak(lambda: load_volume(path, config))
+    assert bound / 16 < peak < bound
+    peak = traced_peak(lambda: restore(path, np.ones(config.size, np.float32), config))
+    assert peak < restoring_memory(shape, config)
+
+
+def traced_peak(work):
+    """The memory in bytes that `work()` adds at its peak."""
+    work()
+    tracemalloc.start()
+    work()
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    return peak
 
 
 def test_check_volumes_counts_windows(nifti, modalities):

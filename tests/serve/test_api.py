@@ -123,6 +123,9 @@ def test_a_blank_control_and_numbers_are_in_the_extra_field(served: Served) -> N
     assert control != scan
 
 
+NUMBERS = {"low": 20, "high": 26, "step": 2, "text": "{} years."}
+
+
 @pytest.mark.parametrize(
     ("options", "param"),
     [
@@ -134,6 +137,13 @@ def test_a_blank_control_and_numbers_are_in_the_extra_field(served: Served) -> N
         ({"extra_body": {"best_of": 3}}, "best_of"),
         ({"extra_body": {"umbrella": {"control": "noise"}}}, "umbrella.control"),
         ({"temperature": -1}, "temperature"),
+        ({"extra_body": {"temperature": 10**400}}, "temperature"),
+        ({"extra_body": {"umbrella": {"answers": ["yes " * 99999]}}}, "umbrella.answers"),
+        (
+            {"extra_body": {"umbrella": {"numbers": NUMBERS | {"text": "{} years." + " " * 99999}}}},
+            "umbrella.numbers.text",
+        ),
+        ({"extra_body": {"x" * 99999: 1}}, "x" * 2000),
         ({"max_tokens": 9}, "max_tokens"),
         ({"model": "gpt-4"}, "model"),
     ],
@@ -143,6 +153,18 @@ def test_refuses_by_name(served: Served, options: dict[str, Any], param: str) ->
         served.ask(**options)
     assert caught.value.param == param
     assert caught.value.status_code == (404 if param == "model" else 400)
+    assert len(caught.value.response.content) < 10_000
+
+
+def test_refuses_what_would_take_too_long(served: Served) -> None:
+    """More text than any prompt has, and numbers that no answer can be; a control of explanations does nothing."""
+    with pytest.raises(openai.BadRequestError, match="messages: expected at most 262144 characters"):
+        served.ask("word " * 60_000)
+    with pytest.raises(openai.BadRequestError, match=r"an answer has \d+ tokens"):
+        served.ask(extra_body={"umbrella": {"numbers": {"low": 0, "high": 1e31, "step": 1e30, "text": "{:.1f}"}}})
+    with pytest.raises(openai.BadRequestError, match="expected a text, or a list of at most 1000"):
+        served.ask("Which sex?", *[{"type": "text", "text": ""}] * 1000)
+    assert served.is_idle()
 
 
 def test_refuses_a_scan_without_modality(served: Served) -> None:

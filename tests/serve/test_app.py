@@ -4,6 +4,7 @@ import asyncio
 import gzip
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -12,9 +13,11 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import nibabel as nib
@@ -27,12 +30,14 @@ from starlette.testclient import TestClient
 
 from umbrella_jax.config.schema import ModalityConfig
 from umbrella_jax.data.conversation import read_conversations
+from umbrella_jax.data.deadline import check_deadline
 from umbrella_jax.data.volume import load_volume
 from umbrella_jax.errors import ConfigError, DataError
-from umbrella_jax.serve import guard
+from umbrella_jax.serve import guard, listen
 from umbrella_jax.serve.app import make_app
 from umbrella_jax.serve.guard import Access
 from umbrella_jax.serve.listen import Server, bind
+from umbrella_jax.serve.responses import octets
 from umbrella_jax.serve.scans import FOLDER, Scans, UploadLimits, open_scans, remove_leftovers
 
 MODALITIES = {
@@ -214,7 +219,10 @@ def test_refuses_uploads_beyond_number_and_total_and_removes_them_in_time(
     with opened(UploadLimits(number=3)) as (client, scans):
         assert [upload(client, content).status_code for _ in range(20)] == [201] * 3 + [507] * 17
         now = time.monotonic()
-        monkeypatch.setattr(time, "monotonic", lambda: now + 3601)
+        clock = SimpleNamespace(
+            time=time.time, monotonic=lambda: now + 3601
+        )  # of the scans only: event loops of other tests run on
+        monkeypatch.setattr("umbrella_jax.serve.scans.time", clock)
         assert client.get("/api/scans").json() == []
         assert upload(client, content).status_code == 201
         assert len(stored(scans)) == 1
@@ -226,11 +234,50 @@ def test_refuses_uploads_beyond_number_and_total_and_removes_them_in_time(
 def test_a_slow_check_ends_and_holds_up_nothing_else(
     opened: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("umbrella_jax.serve.scans.load_volume", lambda *_: time.sleep(1))
+    def read_forever(path: Path, *_: Any) -> None:
+        while True:
+            check_deadline(path)
+            time.sleep(0.01)
+
     with opened(UploadLimits(check_seconds=0.2)) as (client, _):
+        id = upload(client, nifti(), "slow.nii").json()["id"]
+        seen = client.get(f"/api/scans/{id}/seen?modality=T1").content
+        with monkeypatch.context() as patched, ThreadPoolExecutor(9) as pool:
+            patched.setattr("umbrella_jax.serve.scans.load_volume", read_forever)
+            answers = [pool.submit(client.get, f"/api/scans/{id}/seen?modality=T1") for _ in range(9)]
+            assert client.get("/healthz").json() == {"status": "ok"}
+            for answer in answers:
+                status, code, message = error_of(answer.result())
+                assert (status, code) == (504, "too_slow")
+                assert message.startswith("slow.nii: not read within 0.2 s")
+        assert client.get(f"/api/scans/{id}/seen?modality=T1").content == seen  # no thread is lost
+
+
+def test_a_scan_in_use_stays_until_its_request_ends(opened: Callable[..., Any]) -> None:
+    with opened() as (client, scans):
         id = upload(client, nifti()).json()["id"]
-        assert error_of(client.get(f"/api/scans/{id}/seen?modality=T1"))[:2] == (504, "too_slow")
-        assert client.get("/healthz").json() == {"status": "ok"}
+        with scans.in_use(id) as scan, scans.in_use(id):
+            assert client.delete(f"/api/scans/{id}").status_code == 204
+            assert client.get(f"/api/scans/{id}/file").status_code == 404
+            assert client.get("/api/scans").json() == []
+            assert scan.path.is_file()
+            assert scans.usage() == (1, len(nifti()))
+        assert stored(scans) == []
+        assert scans.usage() == (0, 0)
+
+
+def test_a_file_that_the_disk_holds_only_a_part_of_is_refused(opened: Callable[..., Any]) -> None:
+    """A write of a file without buffer returns as much as there was room for, without an error."""
+    content = nifti((32, 32, 16))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with opened() as (client, scans):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(content) - 1000, before[1]))
+        try:
+            error = error_of(upload(client, content))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert error[:2] == (507, "no_room")
+        assert stored(scans) == []
 
 
 def test_a_scan_inside_a_request_is_removed_after_it(opened: Callable[..., Any]) -> None:
@@ -389,14 +436,19 @@ def test_logs_name_nothing_unless_asked(opened: Callable[..., Any]) -> None:
         assert ("sub-01" in text, "POST /api/scans 201" in text) == (log_requests, log_requests)
 
 
+async def large(_: Request) -> Response:
+    return octets(bytes(32 << 20))
+
+
 @pytest.fixture
 def listening(opened: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[int, Scans]]:
     """The port of a server that waits only for a moment, and its scans."""
     monkeypatch.setattr(guard, "_IDLE_SECONDS", 0.3)
     monkeypatch.setattr(guard, "_DRAINED_SECONDS", 0.3)
     monkeypatch.setattr(guard, "JSON_BYTES", 1000)
-    monkeypatch.setattr("umbrella_jax.serve.listen._HEADER_SECONDS", 0.3)
-    routes = [Route("/v1/fails", fails, methods=["POST"])]
+    monkeypatch.setattr(listen, "_HEADER_SECONDS", 0.3)
+    monkeypatch.setattr(listen, "_SEND_SECONDS", 0.5)
+    routes = [Route("/v1/fails", fails, methods=["POST"]), Route("/v1/large", large)]
     with opened() as (_, scans), bind("127.0.0.1", 0) as bound:
         started = threading.Event()
         server = Server(make_app(scans, Access("127.0.0.1"), routes=routes), started.set)
@@ -435,6 +487,109 @@ def test_a_client_that_goes_away_or_stalls_leaves_nothing(listening: tuple[int, 
         with socket.create_connection(("127.0.0.1", port), 5) as client:
             client.sendall(f"POST /v1/fails HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n".encode() + body)
             assert client.recv(100).startswith(b"HTTP/1.1 413")
+
+
+def connect(port: int) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", port), 5)
+
+
+def is_closed(client: socket.socket) -> bool:
+    """Whether the server closes the connection within five seconds; reads what it sent before."""
+    try:
+        while client.recv(1 << 20):
+            pass
+    except ConnectionError:
+        pass
+    except TimeoutError:
+        return False
+    return True
+
+
+def test_many_clients_that_leave_at_once_leave_nothing(listening: tuple[int, Scans]) -> None:
+    port, scans = listening
+    content = nifti()
+    request = f"POST /api/scans HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Length: {len(content) + 500}\r\n".encode()
+    request += b"Content-Type: multipart/form-data; boundary=b\r\n\r\n" + PART + content[:3000]
+    with ExitStack() as clients:
+        for _ in range(150):
+            clients.enter_context(connect(port)).sendall(request)
+        until(lambda: scans.usage()[0] > 100)
+    until(lambda: scans.usage() == (0, 0))
+    assert stored(scans) == []
+
+
+def test_no_client_holds_a_connection_by_asking_or_reading_slowly(listening: tuple[int, Scans]) -> None:
+    port, _ = listening
+    host = f"Host: 127.0.0.1:{port}\r\n".encode()
+    healthy = b"GET /healthz HTTP/1.1\r\n" + host + b"\r\n"
+    with connect(port) as client:  # half of a second request
+        client.sendall(healthy)
+        assert b"200 OK" in client.recv(1000)
+        client.sendall(b"GET /healthz HTTP/1.1\r\n")
+        assert is_closed(client)
+    with connect(port) as client:
+        client.sendall(b"GET /v1/large HTTP/1.1\r\n" + host + b"\r\n")
+        time.sleep(1)  # and reads nothing
+        assert is_closed(client)
+    with connect(port) as client:
+        client.sendall(b"GET /v1/large HTTP/1.1\r\n" + host + b"\r\n")
+        received = 0
+        while received < 32 << 20:  # for longer than the limit, but reads
+            received += len(client.recv(1 << 20))
+            time.sleep(0.02)
+
+
+def test_more_connections_than_are_served_take_no_file_descriptors(
+    listening: tuple[int, Scans], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    port, _ = listening
+    monkeypatch.setattr(listen, "_ACCEPTED", 4)
+    monkeypatch.setattr(listen, "_HEADER_SECONDS", 60)
+    with ExitStack() as clients:
+        opened = [clients.enter_context(connect(port)) for _ in range(12)]
+        for client in opened[4:]:
+            assert is_closed(client)
+        opened[0].sendall(f"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n\r\n".encode())
+        assert b"200 OK" in opened[0].recv(1000)
+
+
+STRANGE = {
+    "two lengths": (b"POST /v1/fails HTTP/1.1\r\n%sContent-Length: 1\r\nContent-Length: 40\r\n\r\nx", 400),
+    "length and chunks": (
+        b"POST /v1/fails HTTP/1.1\r\n%sContent-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"
+        b"GET /smuggled HTTP/1.1\r\nHost: evil.example\r\n\r\n",
+        500,  # of the chunks; the connection is closed after it
+    ),
+    "unknown coding": (b"POST /v1/fails HTTP/1.1\r\n%sTransfer-Encoding: xchunked\r\n\r\n", 400),
+    "folded header": (b"GET /healthz HTTP/1.1\r\n%sX: a\r\n b\r\n\r\n", 200),
+    "space before a colon": (b"GET /healthz HTTP/1.1\r\n%sContent-Length : 5\r\n\r\n", 400),
+    "bare line feeds": (b"GET /healthz HTTP/1.1\n%sX: y\n\n", 200),
+    "no host": (b"GET /healthz HTTP/1.1\r\n\r\n", 400),
+    "two hosts": (b"GET /healthz HTTP/1.1\r\n%sHost: evil.example\r\n\r\n", 400),
+    "another host in the target": (b"GET http://evil.example/healthz HTTP/1.1\r\n%s\r\n", 404),
+    "not http": (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\r\n\r\n", 400),
+    "long target": (b"GET /" + b"a" * 999999 + b" HTTP/1.1\r\n%s\r\n", 400),
+    "many headers": (b"GET /healthz HTTP/1.1\r\n%s" + b"X: y\r\n" * 99999 + b"\r\n", 400),
+    "trace": (b"TRACE /healthz HTTP/1.1\r\n%s\r\n", 405),
+    "head": (b"HEAD /healthz HTTP/1.1\r\n%s\r\n", 200),
+    "upgrade": (b"GET /healthz HTTP/1.1\r\n%sConnection: upgrade\r\nUpgrade: websocket\r\n\r\n", 200),
+    "ranges": (b"GET /static/style.css HTTP/1.1\r\n%sRange: bytes=" + b"0-," * 2000 + b"0-\r\n\r\n", 200),
+}
+
+
+@pytest.mark.parametrize("form", STRANGE)
+def test_strange_requests_are_answered_once_or_refused(listening: tuple[int, Scans], form: str) -> None:
+    port, _ = listening
+    content, status = STRANGE[form]
+    with connect(port) as client:
+        client.sendall(content.replace(b"%s", f"Host: 127.0.0.1:{port}\r\n".encode()))
+        answers = b""
+        with suppress(ConnectionError, TimeoutError):
+            while piece := client.recv(1 << 20):
+                answers += piece
+        statuses = [int(line.split()[1]) for line in answers.split(b"\r\n") if line.startswith(b"HTTP/1.1")]
+        assert statuses[-1:] == [status]
+        assert len(answers) < 100_000
 
 
 def test_a_port_in_use_is_named() -> None:

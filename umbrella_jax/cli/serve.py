@@ -90,6 +90,7 @@ def _run(arguments: argparse.Namespace, access: Any, bound: socket.socket) -> No
     from umbrella_jax.serve.listen import Server
     from umbrella_jax.serve.metrics import ServerMetrics
     from umbrella_jax.serve.openai_api import model_routes
+    from umbrella_jax.serve.readers import Readers
     from umbrella_jax.serve.scans import UploadLimits, open_scans
 
     settings = settings_of(arguments)
@@ -100,11 +101,12 @@ def _run(arguments: argparse.Namespace, access: Any, bound: socket.socket) -> No
     description = describe_model(checkpoint, read_training_records(checkpoint))
     processor = Processor.from_checkpoint(checkpoint, max_length=config.max_length)
     lanes, longest = arguments.batch_size, arguments.max_new_tokens
-    engine = Engine(load_opened(checkpoint), processor, lanes=lanes, max_new_tokens=longest)
+    readers = Readers()
+    engine = Engine(load_opened(checkpoint), processor, lanes=lanes, max_new_tokens=longest, readers=readers)
     size = arguments.max_upload << 20
     limits = UploadLimits(file_bytes=size, total_bytes=max(UploadLimits.total_bytes, 4 * size))
     print("compiling for the shapes of its tasks", flush=True)
-    with open_scans(processor.modalities, limits, data) as scans, engine.running(description.warm_up()):
+    with open_scans(processor.modalities, limits, data, readers) as scans, engine.running(description.warm_up()):
         metrics = ServerMetrics()
         metrics.watch("umbrella_questions_waiting", "Questions that wait", lambda: engine.waiting)
         metrics.watch("umbrella_questions_answered", "Questions that are being answered", lambda: engine.answering)

@@ -24,7 +24,7 @@ only if one of them moved up, or is of a kind too rare for a bucket of its own.
 import heapq
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property, lru_cache, partial
@@ -380,13 +380,21 @@ def rows_by_part(rows: Sequence[T], batch_size: int, parts: int) -> list[Sequenc
     return [rows[start : start + size] for start in range(0, batch_size, size)]
 
 
-def exact_shape(sizes: ConversationSizes) -> BatchShape:
-    """Return the shape of one batch with all conversations."""
+def exact_shape(sizes: ConversationSizes, round_length: Callable[[int], int] | None = None) -> BatchShape:
+    """Return the shape of one batch with all conversations.
+
+    Args:
+        round_length: takes a number of positions to the one to pad to; by default `round_positions`. Supervised
+            positions are then padded to 8, 16, 32 and so on, so that such batches have few shapes.
+    """
+    targets = _multiple(max(int(sizes.targets.max()), 1), _TARGETS_MULTIPLE)
+    if round_length is not None:
+        targets = _TARGETS_MULTIPLE << (targets // _TARGETS_MULTIPLE - 1).bit_length()
     everything = np.arange(len(sizes))
     return BatchShape(
         conversations=len(sizes),
-        positions=round_positions(int(sizes.lengths.max())),
-        targets=_multiple(max(int(sizes.targets.max()), 1), _TARGETS_MULTIPLE),
+        positions=(round_length or round_positions)(int(sizes.lengths.max())),
+        targets=targets,
         volumes=_counts(dict(zip(sizes.names, sizes.distinct(everything, everything * 0, 1)[0].tolist(), strict=True))),
     )
 

@@ -372,14 +372,18 @@ def _eval_updates(dataset: Dataset, batch_size: int, prompts: bool, parts: Parts
 
 
 @one_blas_thread()
-def whole_batch(dataset: Dataset, *, prompts: bool) -> Batch:
+def whole_batch(dataset: Dataset, *, prompts: bool, round_length: Callable[[int], int] | None = None) -> Batch:
     """Return all conversations in order as one `Batch` without axis A, with the first window of their runs.
+
+    Args:
+        prompts: take the prompts in place of the whole conversations.
+        round_length: as for `exact_shape`.
 
     Raises:
         DataError: as `eval_batches`.
     """
     rows = dataset.rows(prompts=prompts)
-    shape = exact_shape(measure_conversations(rows, dataset.modalities))
+    shape = exact_shape(measure_conversations(rows, dataset.modalities), round_length)
     return _first(collate([rows], dataset.volume, dataset.modalities, shape))
 
 

@@ -36,6 +36,9 @@ _NARROW = 1e-4
 """Spread, as a fraction of the mean, below which float32 rounds z-scores noticeably."""
 _SMALL = 1e-16
 """Standard deviation below which squares in float32 lose digits or become 0."""
+_READ_BYTES, _MADE_BYTES = 32, 16
+"""Memory per voxel that is read, and per voxel that is made: voxels as stored and decompressed, scaled in float64, the
+float32 copies and the masks that are in memory at a time."""
 PREPROCESSING_VERSION = 1
 """Increase it when the same file and configuration give other numbers: existing cache entries are then stale."""
 
@@ -139,6 +142,20 @@ def num_windows(num_frames: int, config: ModalityConfig) -> int:
 def window_stride(config: ModalityConfig) -> int:
     """Return the frames between two window starts: max(round(stride_between_seq · frames · stride_within_seq), 1)."""
     return max(round(config.stride_between_seq * config.size[3] * config.stride_within_seq), 1)
+
+
+def reading_memory(image: Voxels, config: ModalityConfig) -> int:
+    """Return an upper bound of the memory in bytes that `preprocess` takes for a volume or window of an opened file."""
+    voxels = math.prod(map(int, image.shape[:3]))
+    if len(config.size) == 4:  # cleaning or resampling a run may read all of it
+        voxels *= image.run.shape[3] if isinstance(image, ReframedRun) else _span(config)
+    return _READ_BYTES * voxels + _MADE_BYTES * math.prod(config.size)
+
+
+def restoring_memory(shape: Sequence[int], config: ModalityConfig) -> int:
+    """Return an upper bound of the memory in bytes that `restore` takes for a file of this shape."""
+    voxels = math.prod(map(int, shape[:3])) * (config.size[3] if len(config.size) == 4 else 1)
+    return 4 * math.prod(map(int, shape)) + _MADE_BYTES * (voxels + math.prod(config.size))
 
 
 def _span(config: ModalityConfig) -> int:

@@ -45,6 +45,7 @@ from nibabel.spatialimages import HeaderDataError
 from numpy.lib.format import MAGIC_PREFIX, read_array_header_1_0, read_array_header_2_0, read_magic
 
 from umbrella_jax.config.schema import MAX_VOXELS, MM
+from umbrella_jax.data.deadline import ReadingTimeoutError, check_deadline
 from umbrella_jax.errors import DataError, is_out_of_memory
 from umbrella_jax.io.reading import describe_pointer
 
@@ -348,7 +349,10 @@ class _Nibabel:
         index = (*(slice(None),) * 3, frames, *(0,) * further_axes)[: len(self.shape)]
         try:
             with readable(self._path):
+                check_deadline(self._path)
                 return np.asarray(self._data[index])
+        except ReadingTimeoutError:  # the file may be good
+            raise
         except DataError as error:
             self._faults = error.faults
             raise
@@ -533,6 +537,7 @@ def _read_to_end(file: Path, content: Any) -> int:
     """Read the rest of a compressed file, whose checksum is at its end. Return its decompressed size in bytes."""
     limit, buffer = max(UNPACKED, RATIO * _size(file)), bytearray(_CHUNK)
     while content.readinto(buffer):
+        check_deadline(file)
         if content.tell() > limit:
             raise DataError(
                 f"{file}: unpacks to more than {limit} bytes; copy it again, or if it is almost empty, decompress it"
@@ -644,6 +649,7 @@ class _Arrays:
 
     def _volume(self, frame: int) -> np.ndarray:
         file = self.files[frame]
+        check_deadline(file)
         volume = _array(file) if frame else self._first
         self.files_read.add(frame)
         if volume.shape != self.shape[:3]:

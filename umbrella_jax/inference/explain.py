@@ -139,12 +139,15 @@ def explain_dataset(
     max_new_tokens: int = 32,
     windows: EvaluationWindows = "first",
     progress: Callable[[int, int], None] | None = None,
+    round_length: Callable[[int], int] | None = None,
 ) -> Explanation:
     """Do what `explain` does, for a data set of one conversation that has its prompt.
 
     Args:
         progress: called with the number of passes through the model that are done, and of all; what it raises ends the
             explanation.
+        round_length: takes the positions of the conversation to the number to pad to, see `exact_shape`; each number
+            is compiled once.
     """
     (conversation,) = dataset.conversations
     _check(model, conversation, answer, method, steps)
@@ -159,6 +162,7 @@ def explain_dataset(
     (ids,) = encode_answers(conversation, [answer], processor.tokenizer, template=processor.template)
     versions = expand(dataset, windows).dataset.prompts
     options: dict[str, Any] = {"method": method, "steps": steps, "count": _Passes(progress, len(versions))}
+    options["round_length"] = round_length
     explained = [
         _explain_version(model, processor, dataset, _with_answer(prompt, ids), answer, **options) for prompt in versions
     ]
@@ -225,6 +229,7 @@ def _explain_version(
     method: Method,
     steps: int,
     count: _Passes,
+    round_length: Callable[[int], int] | None,
 ) -> Explanation:
     """Explain the supervised tokens of one conversation that shows one window of each run.
 
@@ -234,7 +239,7 @@ def _explain_version(
         answer: text of the supervised ones.
     """
     (conversation,) = dataset.conversations
-    batch = whole_batch(replace(dataset, encoded=(whole,)), prompts=False)
+    batch = whole_batch(replace(dataset, encoded=(whole,)), prompts=False, round_length=round_length)
     graphdef, params = split(model)
     distinct = list(dict.fromkeys(whole.images))
     shown = {name: [i for i in distinct if i.modality == name] for name in batch.volumes}

@@ -67,12 +67,15 @@ def empty_lanes(state: Decoding, lanes: int, slots: int) -> Lanes:
 def enter(lanes: Lanes, state: Decoding, lane: Int[AnyArray, ""], token: Int[AnyArray, ""]) -> Lanes:
     """Put a prompt and the first token of its answer into a lane. `lanes` is donated.
 
+    Nothing of the lane's last question stays: attention gives it the weight 0, and 0 · NaN is NaN.
+
     Args:
         state: the result of `prefill` for the prompt, of one row, with no more slots than the lanes have.
     """
     cache, (_, slots) = lanes.cache, lanes.cache.used.shape
 
     def put(all_lanes: Array, own: Array) -> Array:
+        own = jnp.pad(own, ((0, 0), (0, 0), (0, 0), (0, slots - own.shape[3]), (0, 0)))
         return jax.lax.dynamic_update_slice(all_lanes, own, (0, lane, 0, 0, 0))
 
     used = (jnp.arange(slots) < state.lengths[0])[None]

@@ -3,12 +3,14 @@
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from decimal import Decimal
+from decimal import Decimal, localcontext
 
 from umbrella_jax.config.schema import NUMBER_PLACE, NumbersConfig
 from umbrella_jax.errors import ConfigError
 
 _NUMBER = re.compile(r"(?<![\w.,])-?(?:\d[\d.,]*\d|\d)(?![\w.,]*\d)")
+_DIGITS = 700
+"""Digits of exact sums: floats have up to 309 before the point and 324 zeros after it."""
 _PLAIN = re.compile(r"-?\d+(?:\.(\d+))?")
 
 
@@ -103,10 +105,13 @@ class NumberGrid:
     def write(cls, candidates: NumbersConfig, template: NumberTemplate, place: str) -> "NumberGrid":
         """Return the candidates in a template. Raises ConfigError if it has too few decimals for them."""
         low, high, step = (Decimal(str(number)) for number in (candidates.low, candidates.high, candidates.step))
-        numbers = [low + n * step for n in range(int((high - low) / step) + 1)]
+        with localcontext(prec=_DIGITS):
+            numbers = [low + n * step for n in range(int((high - low) / step) + 1)]
         if template.decimals is not None:
             unit = Decimal(1).scaleb(-template.decimals)
-            if inexact := [number for number in numbers if number % unit]:
+            with localcontext(prec=_DIGITS):
+                inexact = [number for number in numbers if number % unit]
+            if inexact:
                 raise ConfigError(
                     f"{place}: {inexact[0]:f} cannot be written with {template.decimals} decimals, as the answers are; "
                     f"expected low and step in multiples of {unit:f}"

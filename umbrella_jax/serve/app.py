@@ -1,8 +1,9 @@
 """The routes of the server: the page and its files, scans, health and figures; those of the model are passed in."""
 
 import asyncio
+import math
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 
 from starlette.applications import Starlette
@@ -11,11 +12,13 @@ from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 from starlette.routing import BaseRoute, Route
+from starlette.types import ASGIApp
 
+from umbrella_jax.serve.budget import Budget
 from umbrella_jax.serve.forms import uploaded_file
 from umbrella_jax.serve.guard import UPLOADS, Access, Guard, error_to_json
 from umbrella_jax.serve.metrics import CONTENT_TYPE, ServerMetrics
-from umbrella_jax.serve.responses import ApiError, json_response
+from umbrella_jax.serve.responses import ApiError, HoldingResponse, json_response, octets
 from umbrella_jax.serve.scans import Scans
 
 _PAGE = Path(__file__).parent / "page"
@@ -23,7 +26,8 @@ _HTML = Path(__file__).parents[1] / "html"
 _FILES = [*_PAGE.glob("*.js"), *_PAGE.glob("*.css"), *(_HTML / name for name in ("viewer.js", "style.css"))]
 STATIC = {file.name: file for file in (*_FILES, _HTML / "vendor" / "niivue.umd.js")}
 """{name: file} of the files under /static/; no other file is served."""
-_OCTETS = "application/octet-stream"
+_VOXEL_BYTES = 4 << 30
+"""Memory of the voxels that are being made for clients, or wait for them to read."""
 _SWEEP_SECONDS = 30.0
 """Time between two searches for expired uploads."""
 
@@ -50,6 +54,8 @@ def make_app(
             follows the line.
     """
     metrics = metrics or ServerMetrics()
+    voxels = Budget(_VOXEL_BYTES)
+    largest = max((4 * math.prod(own.size) for own in scans.modalities.values()), default=0)
 
     async def page(_: Request) -> Response:
         return FileResponse(_PAGE / "index.html")
@@ -74,19 +80,25 @@ def make_app(
         scans.remove(request.path_params["id"])
         return Response(status_code=204)
 
-    async def scan_file(request: Request) -> Response:
-        id = request.path_params["id"]
-        content = await scans.viewable(id)
-        if isinstance(content, Path):
-            return FileResponse(content, media_type=_OCTETS, filename=scans[id].name.rpartition("/")[2])
-        return _octets(content)
+    async def scan_file(request: Request) -> ASGIApp:
+        async with AsyncExitStack() as stack:
+            scan = stack.enter_context(scans.in_use(request.path_params["id"]))
+            converted = 0 if scan.is_nifti else 4 * math.prod(scan.header.shape or ())
+            await stack.enter_async_context(voxels.held(min(converted, voxels.total)))
+            content = await scans.viewable(scan)
+            response = octets(content) if isinstance(content, bytes) else _download(content, scan.name)
+            return HoldingResponse(response, stack.pop_all())
 
-    async def seen(request: Request) -> Response:
+    async def seen(request: Request) -> ASGIApp:
         window = request.query_params.get("window", "0")
         if not window.isdecimal() or len(window) > 9:
             raise ApiError(400, "window: expected a whole number from 0", param="window")
         modality = request.query_params.get("modality")
-        return _octets(await scans.seen(request.path_params["id"], modality, int(window)))
+        async with AsyncExitStack() as stack:
+            scan = stack.enter_context(scans.in_use(request.path_params["id"]))
+            await stack.enter_async_context(voxels.held(min(largest, voxels.total)))
+            content = await scans.seen(scan, modality, int(window))
+            return HoldingResponse(octets(content), stack.pop_all())
 
     async def healthz(_: Request) -> Response:
         return json_response({"status": "ok"})
@@ -134,8 +146,8 @@ def make_app(
     )
 
 
-def _octets(content: bytes) -> Response:
-    return Response(content, media_type=_OCTETS)
+def _download(file: Path, name: str) -> Response:
+    return FileResponse(file, media_type="application/octet-stream", filename=name.rpartition("/")[2])
 
 
 async def _sweep(scans: Scans) -> None:

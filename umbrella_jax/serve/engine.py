@@ -8,6 +8,7 @@ so a second question about a scan neither reads nor encodes it again. Explanatio
 
 import asyncio
 import itertools
+import math
 import threading
 from collections import OrderedDict, deque
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
@@ -16,6 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import blake2b
+from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -23,14 +25,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from umbrella_jax.batch import AnswerTree
+from umbrella_jax.config.schema import ModalityConfig
 from umbrella_jax.data.answer_trees import Answers, answer_trees, tree_shape
 from umbrella_jax.data.blas import one_blas_thread
 from umbrella_jax.data.cache import Sources
 from umbrella_jax.data.conversation import Conversation, Image
 from umbrella_jax.data.loader import Dataset
-from umbrella_jax.data.tokenize import Encoded, encode_answers, encode_numbers, encode_prompt
-from umbrella_jax.data.volume import companion_files
-from umbrella_jax.errors import ConfigError, DataError, RunError, UmbrellaError
+from umbrella_jax.data.tokenize import CachingTokenizer, Encoded, encode_answers, encode_numbers, encode_prompt
+from umbrella_jax.data.volume import companion_files, open_volume, reading_memory
+from umbrella_jax.errors import ConfigError, RunError, UmbrellaError
 from umbrella_jax.inference.attribution import Method
 from umbrella_jax.inference.controls import make_controls
 from umbrella_jax.inference.explain import Explanation, explain_dataset
@@ -41,13 +44,21 @@ from umbrella_jax.inference.question_batches import text_batch
 from umbrella_jax.models import Llava, split
 from umbrella_jax.scoring.number_grid import NumberGrid
 from umbrella_jax.scoring.numeric import NumberDistributions
+from umbrella_jax.serve.budget import Budget
+from umbrella_jax.serve.readers import Readers
 
 _SHORTEST = 64
 """Shortest length to which prompts are padded."""
 _KEPT_BYTES = 1 << 29
 """Size of the preprocessed volumes that are kept in memory."""
-_SCORED = 256
-"""Answers that are scored at a time, which bounds the memory."""
+_SCORED, _SCORED_NODES = 256, 512
+"""Answers that are scored at a time, and nodes of their tree, which bound the memory."""
+_ALL_NODES = 8192
+"""Nodes of all trees of a question, which bound its time: as many positions as the longest prompt."""
+_PREPARED_BYTES = 2 << 30
+"""Memory of the volumes of questions that are read and not answered yet."""
+READ_SECONDS = 120.0
+"""Longest time to read the scans of a question, or to bring a map into the space of a scan."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +150,7 @@ class Engine:
         max_new_tokens: int = 256,
         max_waiting: int = 64,
         scans_kept: int = 16,
-        read_seconds: float = 120,
+        readers: Readers | None = None,
     ):
         """Initialise an engine; `start` makes it answer.
 
@@ -148,12 +159,12 @@ class Engine:
             max_new_tokens: largest number of tokens of an answer.
             max_waiting: questions and explanations, each, that may be under way; a further one is refused (`Busy`).
             scans_kept: scans of each modality whose features are kept, and the most that one question may show.
-            read_seconds: longest time to read the scans of a question.
+            readers: threads that read scans; by default, new ones.
         """
         self.processor, self.config, self.max_new_tokens = processor, model.config, max_new_tokens
         self._model = model
         self._graphdef, self._params = split(model)
-        self._max_waiting, self._read_seconds = max_waiting, read_seconds
+        self._max_waiting = max_waiting
         self._volumes = _VolumeStore(processor)
         self._features = _Features(model, scans_kept)
         self._lanes: Lanes | None = None
@@ -163,8 +174,10 @@ class Engine:
         self._changed = threading.Condition()
         self._is_closed = False
         self._asked = self._explained = 0
-        self._prepared = asyncio.Semaphore(2 * lanes)  # so that waiting questions hold no volumes
-        self._readers = ThreadPoolExecutor(2, "read")
+        self._prepared = Budget(_PREPARED_BYTES)
+        self._share = _PREPARED_BYTES // (2 * lanes)  # least part of a question: others wait without their volumes
+        self.readers = Readers() if readers is None else readers
+        self._explaining = asyncio.Semaphore(1)
         self._explainer = ThreadPoolExecutor(1, "explain")
         self._thread = threading.Thread(target=self._work, name="model", daemon=True)
 
@@ -203,7 +216,7 @@ class Engine:
             self._changed.notify()
         if self._thread.is_alive():
             self._thread.join()
-        self._readers.shutdown(cancel_futures=True)
+        self.readers.close()
         self._explainer.shutdown(cancel_futures=True)
 
     async def ask(self, question: Question) -> AsyncGenerator[Text | CompleteAnswer]:
@@ -221,10 +234,12 @@ class Engine:
         self._asked += 1
         job: _Job | None = None
         try:
-            async with self._prepared:
+            prompt, trees = await self._in_thread(partial(self._encode, question))
+            async with self._prepared.held(self._volume_bytes(prompt)):
+                volumes = await self._read_volumes(question, prompt)
                 events: asyncio.Queue[Any] = asyncio.Queue()
                 loop = asyncio.get_running_loop()
-                job = await self._in_thread(partial(self._prepare, question, partial(_send, loop, events)))
+                job = _Job(question, prompt, volumes, trees, partial(_send, loop, events))
                 with self._changed:
                     self._queue.append(job)
                     self._changed.notify()
@@ -261,65 +276,110 @@ class Engine:
                 async for event in self.ask(replace(question, answers=(), numbers=None)):
                     if isinstance(event, CompleteAnswer):
                         answer = event.text
-            events: asyncio.Queue[Any] = asyncio.Queue()
-            send = partial(_send, asyncio.get_running_loop(), events)
-            dataset = await self._in_thread(partial(self._volumes.dataset, question))
+            if answer is None or not answer.strip():
+                raise ConfigError("answer: empty, so there is nothing to explain")
+            async with self._explaining:
+                events: asyncio.Queue[Any] = asyncio.Queue()
+                send = partial(_send, asyncio.get_running_loop(), events)
+                prompt = await self._in_thread(partial(self._encode_explained, question, answer))
+                dataset = await self._read_dataset(question, prompt)
 
-            def progress(done: int, total: int) -> None:
-                if gone.is_set():
-                    raise _GoneError
-                send(ExplainProgress(done, total))
+                def progress(done: int, total: int) -> None:
+                    if gone.is_set():
+                        raise _GoneError
+                    send(ExplainProgress(done, total))
 
-            def work() -> None:
-                try:
-                    if not gone.is_set():
-                        options: dict[str, Any] = {"answer": answer, "method": method, "progress": progress}
-                        send(explain_dataset(self._model, self.processor, dataset, **options))
-                except BaseException as error:
-                    send(error)
+                options: dict[str, Any] = {"answer": answer, "method": method, "progress": progress}
+                options["round_length"] = _round_length
 
-            self._explainer.submit(work)
-            while True:
-                event = await events.get()
-                if isinstance(event, BaseException):
-                    raise event
-                yield event
-                if isinstance(event, Explanation):
-                    return
+                def work() -> None:
+                    try:
+                        if not gone.is_set():
+                            send(explain_dataset(self._model, self.processor, dataset, **options))
+                    except BaseException as error:
+                        send(error)
+
+                self._explainer.submit(work)
+                while True:
+                    event = await events.get()
+                    if isinstance(event, BaseException):
+                        raise event
+                    yield event
+                    if isinstance(event, Explanation):
+                        return
         finally:
             gone.set()
             self._explained -= 1
 
-    async def _in_thread(self, function: Callable[[], Any]) -> Any:
-        """Run a function that reads scans in a thread. Raises DataError if it takes too long."""
-        future = asyncio.get_running_loop().run_in_executor(self._readers, function)
-        try:
-            return await asyncio.wait_for(future, self._read_seconds)
-        except TimeoutError:
-            raise DataError(f"the scans were not read within {self._read_seconds:g} s; send smaller ones") from None
+    async def _in_thread(self, function: Callable[[], Any], memory: int = 0) -> Any:
+        """Run a function in a thread that reads. Raises as `Readers.run`."""
+        return await self.readers.run(function, seconds=READ_SECONDS, memory=memory, name="the scans")
 
-    def _prepare(self, question: Question, send: Callable[[Any], None]) -> _Job:
-        """Check a question, read its volumes and encode its texts."""
+    async def _read_volumes(self, question: Question, prompt: Encoded) -> dict[Image, tuple[Any, np.ndarray]]:
+        """Return {distinct image: (key, volume)} of a question. Equal volumes have equal keys."""
+        kept = await self._in_thread(partial(self._volumes.kept, question, prompt))
+        if kept is not None:
+            return dict(kept)
+        memory = await self._in_thread(partial(self._volumes.memory, question))
+        read = await self._in_thread(partial(self._volumes.read, question, prompt), memory)
+        return dict(read)
+
+    async def _read_dataset(self, question: Question, prompt: Encoded) -> Dataset:
+        """Return a data set with the prompt of a question, whose volumes have been read."""
+        memory = await self._in_thread(partial(self._volumes.memory, question))
+        dataset: Dataset = await self._in_thread(partial(self._volumes.dataset, question, prompt), memory)
+        return dataset
+
+    def _volume_bytes(self, prompt: Encoded) -> int:
+        """Return the part of the memory for volumes that a question takes."""
+        sizes = (4 * math.prod(self.config.modalities[image.modality].size) for image in set(prompt.images))
+        return min(max(self._share, sum(sizes)), self._prepared.total)
+
+    def _encode(self, question: Question) -> tuple[Encoded, list[tuple[AnswerTree, int]]]:
+        """Check a question, and return its prompt and the answers to score; opens no scan."""
         if not 1 <= question.max_new_tokens <= self.max_new_tokens:
             raise ConfigError(f"max_tokens: expected 1 to {self.max_new_tokens}, got {question.max_new_tokens}")
         if not 0 <= question.seed < 2**32:
             raise ConfigError(f"seed: expected 0 to {2**32 - 1}, got {question.seed}")
         self.config.check_trained(image.modality for image in question.conversation.images)
-        prompt, volumes = self._volumes.read(question)
-        self._features.check(volumes)
-        return _Job(question, prompt, volumes, self._trees(question), send)
+        prompt = self._volumes.encode(question.conversation)
+        self._features.check(dict.fromkeys(prompt.images))
+        return prompt, self._trees(question)
+
+    def _encode_explained(self, question: Question, answer: str) -> Encoded:
+        """Check a question and an answer to explain, and return the prompt; opens no scan."""
+        prompt, _ = self._encode(replace(question, answers=(), numbers=None))
+        tokenizer, template = self.processor.tokenizer, self.processor.template
+        (ids,) = encode_answers(question.conversation, [answer], tokenizer, template=template)
+        if (length := len(prompt) + len(ids)) > (limit := self.processor.max_length):
+            raise ConfigError(f"answer: with its prompt, {length} positions; expected at most {limit}")
+        return prompt
 
     def _trees(self, question: Question) -> list[tuple[AnswerTree, int]]:
         """Return the answers and candidate numbers of a question, padded to few shapes."""
-        common: dict[str, Any] = {"tokenizer": self.processor.tokenizer, "template": self.processor.template}
+        tokenizer = CachingTokenizer(self.processor.tokenizer)  # every answer is encoded with the whole prompt
+        common: dict[str, Any] = {"tokenizer": tokenizer, "template": self.processor.template}
         encoded: list[Answers] = []
         if question.answers:
             encoded.append(encode_answers(question.conversation, question.answers, **common))
         if question.numbers:
             grid = question.numbers
             encoded.append(encode_numbers(question.conversation, grid.texts, grid.stems, **common))
-        chunks = [own[i : i + _SCORED] for own in encoded for i in range(0, len(own), _SCORED)]
-        return [(answer_trees([own], _round_tree(*tree_shape([own]))), len(own)) for own in chunks]
+        longest = max((len(answer) - 1 for own in encoded for answer in own), default=0)  # without the end
+        if longest > self.max_new_tokens:
+            raise ConfigError(
+                f"an answer has {longest} tokens; this server's answers have at most {self.max_new_tokens}"
+            )
+        chunks = [chunk for own in encoded for chunk in _chunks(own)]
+        shapes = [tree_shape([chunk]) for chunk in chunks]
+        if (nodes := sum(nodes for nodes, _ in shapes)) > _ALL_NODES:
+            raise ConfigError(
+                f"{nodes} tokens of answers to compare; expected at most {_ALL_NODES}, send fewer or shorter"
+            )
+        return [
+            (answer_trees([chunk], _round_tree(*shape)), len(chunk))
+            for chunk, shape in zip(chunks, shapes, strict=True)
+        ]
 
     # The methods below run in the thread that owns the model.
 
@@ -334,13 +394,16 @@ class Engine:
                     return
             try:
                 self._admit()
-                if any(self._busy):
-                    self._advance()
-            except Exception as error:
-                for failed in filter(None, self._busy):
-                    failed.send(error)
-                self._busy = [None] * len(self._busy)
-                self._lanes = None  # it was donated
+                self._advance()
+            except Exception as error:  # the thread goes on, whatever happens to a question
+                self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        """Send an error to the questions in the lanes, whose state is lost because it was donated."""
+        for failed in filter(None, self._busy):
+            failed.send(error)
+        self._busy = [None] * len(self._busy)
+        self._lanes = None
 
     def _admit(self) -> None:
         """Give free lanes to the questions that wait longest.
@@ -358,22 +421,26 @@ class Engine:
             try:
                 state = self._read_prompt(job, slots)
                 token = self._first_token(job, state)
+                complete = self._append(job, token)
             except Exception as error:
                 job.send(error)
                 continue
-            if complete := self._append(job, token):
+            if complete:
                 job.send(complete)
                 continue
-            lane = self._busy.index(None)
             if not any(self._busy) and slots != self._slots_of_lanes:
                 self._lanes, self._slots_of_lanes = None, slots
+            lane = self._busy.index(None)
             self._busy[lane] = job
-            if self._lanes is None:
-                self._lanes = empty_lanes(state, len(self._busy), self._slots_of_lanes + self.max_new_tokens - 1)
-            self._lanes = enter(self._lanes, state, np.int32(lane), np.int32(token))
+            try:
+                if self._lanes is None:
+                    self._lanes = empty_lanes(state, len(self._busy), self._slots_of_lanes + self.max_new_tokens - 1)
+                self._lanes = enter(self._lanes, state, np.int32(lane), np.int32(token))
+            except Exception as error:
+                self._fail(error)
 
     def _read_prompt(self, job: _Job, slots: int) -> Decoding:
-        """Read a prompt, and score its answers."""
+        """Read a prompt, and score its answers, while the lanes go on."""
         first_rows = self._features.put(self._params, self._graphdef, job.volumes)
         batch, length = text_batch(1, slots), len(job.prompt)
         batch.lengths[0], batch.input_ids[0, :length] = length, job.prompt.input_ids
@@ -382,8 +449,12 @@ class Engine:
             batch.feature_idx[0, start + offsets] = first_rows[image] + offsets
         state = prefill(self._params, batch, self._features.arrays, graphdef=self._graphdef, max_new_tokens=1)
         if job.trees:
-            scores = [score_answers(self._params, state, tree, graphdef=self._graphdef)[0] for tree, _ in job.trees]
-            parts = [np.asarray(own, np.float64)[:count] for own, (_, count) in zip(scores, job.trees, strict=True)]
+            parts = list[np.ndarray]()
+            for tree, count in job.trees:
+                if parts:
+                    self._advance()
+                scores = score_answers(self._params, state, tree, graphdef=self._graphdef)
+                parts.append(np.asarray(scores[0], np.float64)[:count])
             job.scores = np.concatenate(parts)
             if not np.isfinite(job.scores).all():
                 raise RunError("likelihoods are not finite; look for NaN in the model's weights")
@@ -397,23 +468,32 @@ class Engine:
 
     def _advance(self) -> None:
         """Generate a token in each busy lane."""
-        assert self._lanes is not None
         for lane, job in enumerate(self._busy):
             if job is not None and job.is_gone:
                 self._busy[lane] = None
         if not any(self._busy):
             return
-        is_busy = np.array([job is not None for job in self._busy])
-        draws = self._draws(self._busy)
-        self._lanes, finite = advance(self._params, self._lanes, is_busy, draws, graphdef=self._graphdef)
-        tokens, finite = jax.device_get((self._lanes.tokens, finite))
+        try:
+            assert self._lanes is not None
+            is_busy = np.array([job is not None for job in self._busy])
+            draws = self._draws(self._busy)
+            self._lanes, finite = advance(self._params, self._lanes, is_busy, draws, graphdef=self._graphdef)
+            tokens, finite = jax.device_get((self._lanes.tokens, finite))
+        except Exception as error:
+            self._fail(error)
+            return
         for lane, job in enumerate(self._busy):
             if job is None:
                 continue
-            if not finite[lane]:
+            try:
+                if not finite[lane]:
+                    raise _not_finite()
+                complete = self._append(job, int(tokens[lane]))
+            except Exception as error:
                 self._busy[lane] = None
-                job.send(_not_finite())
-            elif complete := self._append(job, int(tokens[lane])):
+                job.send(error)
+                continue
+            if complete:
                 self._busy[lane] = None
                 job.send(complete)
 
@@ -483,6 +563,21 @@ class _GoneError(Exception):
     """The client of an explanation has gone away."""
 
 
+class _HeldSources(Sources):
+    """Sources that hold the volumes that they have read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._volumes = dict[Any, np.ndarray]()
+
+    def load(self, path: str | Path, config: ModalityConfig, window: int = 0) -> np.ndarray:
+        """Return a volume, which is read once."""
+        place = Path(path), config, window
+        if place not in self._volumes:
+            self._volumes[place] = super().load(path, config, window)
+        return self._volumes[place]
+
+
 class _VolumeStore:
     """Reads the volumes of questions, and keeps the latest ones."""
 
@@ -491,41 +586,52 @@ class _VolumeStore:
         self._kept: OrderedDict[Any, np.ndarray] = OrderedDict()
         self._lock = threading.Lock()
 
-    def dataset(self, question: Question) -> Dataset:
-        """Return a data set with the prompt of a question, whose volumes have been checked."""
+    def kept(self, question: Question, prompt: Encoded) -> dict[Image, tuple[Any, np.ndarray]] | None:
+        """Return {distinct image: (key, volume)} if all volumes are in memory, else None. Opens no file."""
+        if question.control is not None:
+            return None
+        keys = {image: self._key(image) for image in prompt.images}
+        with self._lock:
+            known = {i: (key, self._kept[key]) for i, key in keys.items() if key in self._kept}
+        return known if len(known) == len(keys) else None
+
+    def memory(self, question: Question) -> int:
+        """Return the memory that reading the scans of a question takes, in bytes, from their headers.
+
+        Raises DataError for a file that the modality cannot use.
+        """
+        modalities = self._processor.modalities
+        configs = {image: modalities[image.modality] for image in question.conversation.images}
+        opened = ((open_volume(image.path, config), config) for image, config in configs.items())
+        return max((reading_memory(*own) for own in opened), default=0)
+
+    def dataset(self, question: Question, prompt: Encoded) -> Dataset:
+        """Return a data set with the prompt of a question, whose volumes have been checked and read."""
         processor, conversation = self._processor, question.conversation
-        sources = Sources()
+        sources = _HeldSources()
         with one_blas_thread():
             windows = {i: sources.check(i.path, processor.modalities[i.modality]) for i in conversation.images}
-        prompt = self.encode(conversation)
-        dataset = Dataset((conversation,), (), (prompt,), windows, processor.modalities, sources)
-        if question.control is None:
-            return dataset
-        (blank,) = make_controls(dataset, processor, [question.control], {})[question.control]
-        return blank.dataset
+            dataset = Dataset((conversation,), (), (prompt,), windows, processor.modalities, sources)
+            if question.control is not None:
+                (blank,) = make_controls(dataset, processor, [question.control], {})[question.control]
+                dataset = blank.dataset
+            for image in dict.fromkeys(dataset.prompts[0].images):
+                dataset.volume(image)
+        return dataset
 
-    def read(self, question: Question) -> tuple[Encoded, dict[Image, tuple[Any, np.ndarray]]]:
-        """Return the prompt of a question, and {distinct image: (key, volume)}. Equal volumes have equal keys."""
-        if question.control is None:
-            prompt = self.encode(question.conversation)
-            keys = {image: self._key(image) for image in prompt.images}
-            with self._lock:
-                known = {i: (key, self._kept[key]) for i, key in keys.items() if key in self._kept}
-            if len(known) == len(keys):
-                return prompt, known
-        dataset = self.dataset(question)
-        (prompt,) = dataset.prompts
+    def read(self, question: Question, prompt: Encoded) -> dict[Image, tuple[Any, np.ndarray]]:
+        """Return {distinct image: (key, volume)}. Equal volumes have equal keys."""
+        keys = {image: self._key(image) for image in prompt.images}  # before reading: a later change is another key
+        dataset = self.dataset(question, prompt)
         volumes = {}
-        for image in dict.fromkeys(prompt.images):
-            with one_blas_thread():
-                volume = dataset.volume(image)
-            key = self._key(image) if question.control is None else None
+        for shown, image in zip(dataset.prompts[0].images, prompt.images, strict=True):
+            volume, key = dataset.volume(shown), keys[image] if question.control is None else None
             if key is None:
                 key = image.modality, blake2b(volume.tobytes(), digest_size=16).digest()
             else:
                 self._keep(key, volume)
             volumes[image] = key, volume
-        return prompt, volumes
+        return volumes
 
     def encode(self, conversation: Conversation) -> Encoded:
         """Return the prompt of a conversation; opens no file."""
@@ -610,9 +716,30 @@ def _round_length(length: int) -> int:
     return shorter if size > 2 * _SHORTEST and length <= shorter else size
 
 
+def _chunks(answers: Answers) -> Iterator[Answers]:
+    """Divide answers into chunks that are scored at a time."""
+    chunk, nodes = list[Sequence[int]](), set[tuple[int, ...]]()
+    for answer in answers:
+        own = {tuple(answer[:end]) for end in range(len(answer))}
+        if chunk and (len(chunk) == _SCORED or len(nodes | own) > _SCORED_NODES):
+            yield chunk
+            chunk, nodes = [], set()
+        chunk.append(answer)
+        nodes |= own
+    if chunk:
+        yield chunk
+
+
 def _round_tree(nodes: int, answers: int) -> tuple[int, int]:
-    """Round the shape of an `AnswerTree` up to powers of two."""
-    return max(8, 1 << (nodes - 1).bit_length()), max(4, 1 << (answers - 1).bit_length())
+    """Round the shape of an `AnswerTree` up, each number to one of few, because each shape is compiled."""
+    return _round_up(nodes, 8), _round_up(answers, 4)
+
+
+def _round_up(number: int, size: int) -> int:
+    """Round up to `size`, 4 · `size`, 16 · `size` and so on."""
+    while size < number:
+        size *= 4
+    return size
 
 
 def _softmax(scores: np.ndarray) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Listen on an address and run the server there, until a signal ends it."""
 
+import asyncio
 import signal
 import socket
 import sys
@@ -16,8 +17,12 @@ from umbrella_jax.errors import ConfigError
 
 _CONNECTIONS = 256
 """Largest number of connections at a time; more are answered with status 503."""
+_ACCEPTED = 2 * _CONNECTIONS
+"""Largest number of connections at a time that get an answer at all; each takes a file descriptor."""
 _HEADER_SECONDS = 20.0
-"""Time in which a new connection must send the headers of its first request."""
+"""Time in which a connection must send the headers of a request, its first or a further one."""
+_SEND_SECONDS = 120.0
+"""Time in which a client must read what was sent: a piece of at most 256 KB."""
 _GRACE_SECONDS = 3
 """Time for answers under way when the server ends."""
 
@@ -42,18 +47,40 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 class _Protocol(H11Protocol):
-    """Drop a connection that sends no request."""
+    """Drop a connection that sends no request, or does not read its answer."""
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self._unheard = self.loop.call_later(_HEADER_SECONDS, self._drop)
+        self._unread: asyncio.TimerHandle | None = None
+        self._last_cycle, self._idle_since = self.cycle, self.loop.time()
+        self._watching = self.loop.call_later(_HEADER_SECONDS / 4, self._watch)
+        if len(self.connections) > _ACCEPTED:
+            transport.abort()
 
-    def _drop(self) -> None:
-        if self.cycle is None:
-            self.transport.close()
+    def _watch(self) -> None:
+        """Drop the connection if it has been between two requests for too long; uvicorn lets it send half of one."""
+        now, cycle = self.loop.time(), self.cycle
+        if cycle is not self._last_cycle or not (cycle is None or cycle.response_complete):
+            self._last_cycle, self._idle_since = cycle, now
+        elif now - self._idle_since > (_SEND_SECONDS if self.transport.get_write_buffer_size() else _HEADER_SECONDS):
+            self.transport.abort()
+            return
+        self._watching = self.loop.call_later(_HEADER_SECONDS / 4, self._watch)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._unread = self._unread or self.loop.call_later(_SEND_SECONDS, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._unread:
+            self._unread.cancel()
+            self._unread = None
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._unheard.cancel()
+        self._watching.cancel()
+        if self._unread:
+            self._unread.cancel()
         super().connection_lost(exc)
 
 

@@ -7,6 +7,8 @@ import asyncio
 import base64
 import binascii
 import gzip
+import io
+import math
 import secrets
 import time
 from collections import OrderedDict
@@ -14,15 +16,18 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from contextlib import AsyncExitStack, aclosing, suppress
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp
 
 from umbrella_jax.config.schema import NumbersConfig, modality_names, resolve_modality
 from umbrella_jax.data.conversation import ROLES, Conversation, Image, Message
+from umbrella_jax.data.deadline import ReadingTimeoutError
+from umbrella_jax.data.volume import restoring_memory
 from umbrella_jax.errors import CheckpointError, ConfigError, DataError, UmbrellaError
 from umbrella_jax.inference.attribution import Method
 from umbrella_jax.inference.explain import Explanation
@@ -30,10 +35,12 @@ from umbrella_jax.inference.generate import Sampling
 from umbrella_jax.io.files import strict_json
 from umbrella_jax.io.reading import parse_json
 from umbrella_jax.scoring.number_grid import NumberGrid, NumberTemplate
+from umbrella_jax.serve.budget import Budget
 from umbrella_jax.serve.description import ModelDescription
-from umbrella_jax.serve.engine import Busy, CompleteAnswer, Engine, ExplainProgress, Question, Text
-from umbrella_jax.serve.responses import ApiError, json_response
-from umbrella_jax.serve.scans import Scans
+from umbrella_jax.serve.engine import READ_SECONDS, Busy, CompleteAnswer, Engine, ExplainProgress, Question, Text
+from umbrella_jax.serve.guard import JSON_BYTES
+from umbrella_jax.serve.responses import ApiError, HoldingResponse, json_response, octets
+from umbrella_jax.serve.scans import ScanHeader, Scans, ServedScan
 
 T = TypeVar("T")
 
@@ -58,9 +65,16 @@ _KNOWN = (
     *("model", "messages", "max_tokens", "max_completion_tokens", "temperature", "top_p", "seed", "stream"),
     *("stream_options", "umbrella"),
 )
-_EXPLAIN = ("model", "messages", "answer", "method", "umbrella")
+_EXPLAIN = ("model", "messages", "answer", "method")
 _MAX_ANSWERS = 1000
 """Largest number of answers or candidate numbers of a question."""
+_MAX_PARTS = 1000
+"""Largest number of messages, and of parts of a message."""
+_MAX_TEXT = 1 << 18
+"""Characters of all texts of a conversation, and of all answers or candidate numbers: tokenizing these takes a second.
+"""
+_SMALL_BODY, _BODY_COPIES, _BODY_BYTES = 1 << 20, 8, 1 << 30
+"""Bytes of requests that are read at once; memory that a larger one takes, per byte; and that all of these take."""
 _DEFAULT_TOKENS = 32
 _MAP_BYTES, _MAP_SECONDS = 1 << 28, 3600.0
 """Size of all maps that are kept, and for how long."""
@@ -71,8 +85,8 @@ class _Asked:
     """A request that was understood."""
 
     question: Question
-    scan_ids: Mapping[Any, str | None]
-    """{path of a scan: id by which the request named it}; None for one that the request contained."""
+    scans: Mapping[Path, ServedScan]
+    """{path: scan that the request shows}."""
 
 
 class AttributionMaps:
@@ -122,6 +136,7 @@ class _Api:
     def __init__(self, engine: Engine, scans: Scans, description: ModelDescription):
         self._engine, self._scans, self._description = engine, scans, description
         self._maps, self._created = AttributionMaps(), int(time.time())
+        self._bodies = Budget(_BODY_BYTES)
 
     async def model(self, request: Request) -> Response:
         """Return the description of the model."""
@@ -129,7 +144,7 @@ class _Api:
 
     async def map(self, request: Request) -> Response:
         """Return a map of an explanation."""
-        return Response(self._maps[request.path_params["id"]], media_type="application/gzip")
+        return octets(self._maps[request.path_params["id"]], "application/gzip")
 
     async def models(self, request: Request) -> Response:
         """Return the list with the only model."""
@@ -140,18 +155,16 @@ class _Api:
         self._check_model(request.path_params["id"])
         return json_response(self._model())
 
-    async def chat(self, request: Request) -> Response:
+    async def chat(self, request: Request) -> ASGIApp:
         """Answer a conversation, whole or piece by piece."""
-        body = await _json_body(request)
-        _check_fields(body, _KNOWN)
-        stream = _typed(body, "stream", bool, False)
-        options = _typed(body, "stream_options", dict, {})
-        if options and not stream:
-            raise _bad("stream_options", "only with stream: true")
-        _check_fields(options, ("include_usage",), "stream_options.")
         async with AsyncExitStack() as stack:
-            asked = await self._asked(body, stack)
-            request.state.note = asked.question.conversation.messages[-2].text
+            fields, asked = await self._read(request, _KNOWN, stack)
+            stream = _typed(fields, "stream", bool, False)
+            options = _typed(fields, "stream_options", dict, {})
+            if options and not stream:
+                raise _bad("stream_options", "only with stream: true")
+            _check_fields(options, ("include_usage",), "stream_options.")
+            usage = _typed(options, "include_usage", bool, False, "stream_options.")
             head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time())}
             head |= {"model": self._description.id}
             events = await stack.enter_async_context(aclosing(self._engine.ask(asked.question)))
@@ -159,26 +172,51 @@ class _Api:
                 answer = await _unless_gone(request, _last(events), self._scans.public)
                 return json_response(head | _completion(asked.question, answer))
             first = await _unless_gone(request, anext(events), self._scans.public)
-            usage = _typed(options, "include_usage", bool, False)
-            chunks = self._chunks(head, asked.question, first, events, usage=usage)
-            return _Events(chunks, stack.pop_all(), self._scans.public)
+            return await self._streamed(self._chunks(head, asked.question, first, events, usage=usage), stack)
 
-    async def explain(self, request: Request) -> Response:
+    async def explain(self, request: Request) -> ASGIApp:
         """Explain an answer, and send the progress meanwhile."""
-        body = await _json_body(request)
-        _check_fields(body, _EXPLAIN)
-        answer = _typed(body, "answer", str, None)
-        method = _typed(body, "method", str, "integrated")
-        if method not in get_args(Method):
-            raise _bad("method", f"expected one of {', '.join(get_args(Method))}")
         async with AsyncExitStack() as stack:
-            asked = await self._asked(body, stack)
-            request.state.note = asked.question.conversation.messages[-2].text
+            fields, asked = await self._read(request, _EXPLAIN, stack)
+            answer = _typed(fields, "answer", str, None)
+            if answer is not None:
+                _check_text(len(answer), "answer")
+            method = _typed(fields, "method", str, "integrated")
+            if method not in get_args(Method):
+                raise _bad("method", f"expected one of {', '.join(get_args(Method))}")
+            for image in asked.question.conversation.images:  # before the work, not after it
+                scan = asked.scans[image.path]
+                self._engine.readers.check(self._map_memory(scan.header, image), scan.name)
             explaining = self._engine.explain(asked.question, answer, method)
             events = await stack.enter_async_context(aclosing(explaining))
             first = await _unless_gone(request, anext(events), self._scans.public)
-            pieces = self._explained(asked, first, events)
-            return _Events(pieces, stack.pop_all(), self._scans.public)
+            return await self._streamed(self._explained(asked, first, events), stack)
+
+    async def _streamed(self, pieces: AsyncGenerator[bytes], stack: AsyncExitStack) -> ASGIApp:
+        """Return a response of server-sent events. At their end, or if the client goes away, the work on them ends."""
+        await stack.enter_async_context(aclosing(pieces))
+        events = _with_error(pieces, self._scans.public)
+        return HoldingResponse(StreamingResponse(events, media_type="text/event-stream"), stack.pop_all())
+
+    async def _read(
+        self, request: Request, known: tuple[str, ...], stack: AsyncExitStack
+    ) -> tuple[dict[str, Any], _Asked]:
+        """Read a request. Return its fields without the messages, which may be large, and the question.
+
+        Scans that it contains are stored until `stack` closes.
+        """
+        length = int(request.headers.get("content-length", JSON_BYTES))
+        async with self._bodies.held(0 if length <= _SMALL_BODY else min(_BODY_COPIES * length, _BODY_BYTES)):
+            body = await _json_body(request)
+            _check_fields(body, known)
+            asked = await self._asked(body, stack)
+            del body["messages"]
+        request.state.note = asked.question.conversation.messages[-2].text
+        return body, asked
+
+    def _map_memory(self, header: ScanHeader, image: Image) -> int:
+        """Return the memory that the map of an image takes, in bytes."""
+        return restoring_memory(header.shape or (), self._description.modalities[image.modality])
 
     def _model(self) -> dict[str, Any]:
         return {"id": self._description.id, "object": "model", "created": self._created, "owned_by": "umbrella-jax"}
@@ -193,8 +231,8 @@ class _Api:
         if "model" not in body:
             raise _bad("model", f"missing; expected {self._description.id}")
         self._check_model(body["model"])
-        ids: dict[Any, str | None] = {}
-        conversation = await self._conversation(body.get("messages"), stack, ids)
+        scans = dict[Path, ServedScan]()
+        conversation = await self._conversation(body.get("messages"), stack, scans)
         longest = self._engine.max_new_tokens
         if "max_tokens" in body and "max_completion_tokens" in body:
             raise _bad("max_tokens", "the same as max_completion_tokens; give one of them")
@@ -210,7 +248,7 @@ class _Api:
             sampling = Sampling(temperature=temperature, top_p=top_p)
         except ConfigError as error:
             raise _bad(error.faults[0].partition(":")[0], error.faults[0].partition(": ")[2]) from None
-        return _Asked(Question(conversation, tokens, sampling, seed, **self._extras(body)), ids)
+        return _Asked(Question(conversation, tokens, sampling, seed, **self._extras(body)), scans)
 
     def _extras(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """Return the fields of a question that the extra field `umbrella` sets."""
@@ -224,6 +262,7 @@ class _Api:
             raise _bad("umbrella.answers", "expected texts")
         if len(answers) > _MAX_ANSWERS or len(set(answers)) < len(answers):
             raise _bad("umbrella.answers", f"expected at most {_MAX_ANSWERS} different ones")
+        _check_text(sum(map(len, answers)), "umbrella.answers")
         if grid := _typed(extra, "numbers", dict, None, "umbrella."):
             numbers = _number_grid(grid)
         if (name := _typed(extra, "task", str, None, "umbrella.")) is not None:
@@ -235,10 +274,10 @@ class _Api:
             answers, numbers = list(known[name].answers or ()), known[name].numbers
         return {"answers": tuple(answers), "numbers": numbers, "control": control}
 
-    async def _conversation(self, messages: Any, stack: AsyncExitStack, ids: dict[Any, str | None]) -> Conversation:
+    async def _conversation(self, messages: Any, stack: AsyncExitStack, scans: dict[Path, ServedScan]) -> Conversation:
         """Return the messages of a request as a conversation that ends with an empty answer."""
-        if not isinstance(messages, list) or not messages:
-            raise _bad("messages", "expected a list of messages")
+        if not isinstance(messages, list) or not 0 < len(messages) <= _MAX_PARTS:
+            raise _bad("messages", f"expected a list of 1 to {_MAX_PARTS} messages")
         turns = []
         for number, message in enumerate(messages):
             place = f"messages.{number}"
@@ -247,20 +286,21 @@ class _Api:
             _check_fields(message, ("role", "content"), f"{place}.")
             if message.get("role") not in ROLES:
                 raise _bad(f"{place}.role", f"expected one of {', '.join(ROLES)}")
-            parts = await self._parts(message.get("content"), place, stack, ids)
+            parts = await self._parts(message.get("content"), place, stack, scans)
             turns.append(Message(message["role"], tuple(parts)))
         if turns[-1].role != "user":
             raise _bad("messages", "expected the user's message at the end")
+        _check_text(sum(len(part) for turn in turns for part in turn.parts if isinstance(part, str)), "messages")
         return Conversation("request", None, (*turns, Message("assistant", ("",))), {}, "the request")
 
     async def _parts(
-        self, content: Any, place: str, stack: AsyncExitStack, ids: dict[Any, str | None]
+        self, content: Any, place: str, stack: AsyncExitStack, scans: dict[Path, ServedScan]
     ) -> list[str | Image]:
         """Return the texts and images of a message."""
         if isinstance(content, str):
             return [content]
-        if not isinstance(content, list):
-            raise _bad(f"{place}.content", "expected a text, or a list of parts")
+        if not isinstance(content, list) or len(content) > _MAX_PARTS:
+            raise _bad(f"{place}.content", f"expected a text, or a list of at most {_MAX_PARTS} parts")
         parts = list[str | Image]()
         for number, part in enumerate(content):
             here = f"{place}.content.{number}"
@@ -270,13 +310,13 @@ class _Api:
                 parts.append(part["text"])
             elif kind == "image_url" and isinstance(part.get("image_url"), dict):
                 _check_fields(part, ("type", "image_url", "modality"), f"{here}.")
-                parts.append(await self._image(part, here, stack, ids))
+                parts.append(await self._image(part, here, stack, scans))
             else:
                 raise _bad(here, 'expected {"type": "text", "text": …} or {"type": "image_url", "image_url": {…}}')
         return parts
 
     async def _image(
-        self, part: Mapping[str, Any], place: str, stack: AsyncExitStack, ids: dict[Any, str | None]
+        self, part: Mapping[str, Any], place: str, stack: AsyncExitStack, scans: dict[Path, ServedScan]
     ) -> Image:
         """Return the scan that a part shows."""
         url = part["image_url"]
@@ -287,11 +327,8 @@ class _Api:
         if not isinstance(address, str):
             raise _bad(f"{place}.image_url.url", "expected a text")
         kind, _, rest = address.partition(":")
-        known = None
         if kind == "scan":
-            scan = self._scans[rest]
-            path, known = scan.path, scan.modality
-            ids[path] = rest
+            scan = stack.enter_context(self._scans.in_use(rest))
         elif kind == "data":
             head, comma, encoded = rest.partition(",")
             if not comma or not head.endswith(";base64"):
@@ -301,20 +338,19 @@ class _Api:
             except (binascii.Error, ValueError):
                 raise _bad(f"{place}.image_url.url", "not base64") from None
             scan = await stack.enter_async_context(self._scans.temporary("scan in the request", content))
-            path = scan.path
-            ids[path] = None
         else:
             message = "expected data:…;base64,… or scan:ID; this server fetches nothing from elsewhere"
             raise _bad(f"{place}.image_url.url", message)
+        scans[scan.path] = scan
         modalities = self._description.modalities
-        name = _typed(part, "modality", str, known, f"{place}.")
+        name = _typed(part, "modality", str, scan.modality, f"{place}.")
         if name is None and len(modalities) == 1:
             name = next(iter(modalities))
         if name is None:
             raise _bad(f"{place}.modality", f"missing; expected one of {modality_names(modalities)}")
         if (resolved := resolve_modality(name, modalities)) is None:
             raise _bad(f"{place}.modality", f"expected one of {modality_names(modalities)}")
-        return Image(path, resolved)
+        return Image(scan.path, resolved)
 
     async def _chunks(
         self, head: dict[str, Any], question: Question, first: Any, events: AsyncIterator[Any], *, usage: bool
@@ -346,45 +382,37 @@ class _Api:
             event = await anext(events)
         maps = []
         for number, image in enumerate(event.scans):
-            content = await asyncio.to_thread(partial(_nifti, event, self._engine.processor, image))
-            own = {"id": self._maps.add(content), "scan": asked.scan_ids.get(image.path)}
+            scan = asked.scans[image.path]
+            make, memory = partial(_nifti, event, self._engine.processor, image), self._map_memory(scan.header, image)
+            content = await self._engine.readers.run(make, seconds=READ_SECONDS, memory=memory, name=scan.name)
+            own = {"id": self._maps.add(content), "scan": scan.id if scan.listed else None}
             maps.append(own | {"image": number, "modality": image.modality})
         result = {"answer": event.answer, "log_probability": event.log_probability, "without": event.without}
         yield _event(result | {"maps": maps}, "result")
 
 
 def _nifti(explanation: Explanation, processor: Any, image: Image) -> bytes:
-    return gzip.compress(explanation.overlay(processor, image).to_bytes(), 1)
+    """Return the map over a scan as a .nii.gz, without another copy of its voxels."""
+    content = io.BytesIO()
+    with gzip.GzipFile(fileobj=content, mode="wb", compresslevel=1, mtime=0) as file:
+        explanation.overlay(processor, image).to_stream(file)
+    return content.getvalue()
 
 
-class _Events(StreamingResponse):
-    """Server-sent events. At their end, or if the client goes away, the work on them ends too."""
+async def _with_error(pieces: AsyncIterator[bytes], public: Callable[[str], str]) -> AsyncIterator[bytes]:
+    """Yield server-sent events; an error becomes the last one.
 
-    def __init__(self, pieces: AsyncGenerator[bytes], stack: AsyncExitStack, public: Callable[[str], str]):
-        """Initialise a response.
-
-        Args:
-            pieces: the events; an error becomes the last one.
-            stack: closed at the end.
-            public: takes the server's paths out of a message.
-        """
-        super().__init__(self._with_error(pieces, public), media_type="text/event-stream")
-        self._pieces, self._stack = pieces, stack
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the events."""
-        async with self._stack, aclosing(self._pieces):
-            await super().__call__(scope, receive, send)
-
-    @staticmethod
-    async def _with_error(pieces: AsyncGenerator[bytes], public: Callable[[str], str]) -> AsyncIterator[bytes]:
-        try:
-            async for piece in pieces:
-                yield piece
-        except Exception as error:
-            yield _event(_api_error(error, public).to_json())
-            if not isinstance(error, UmbrellaError | Busy | ApiError):
-                raise  # to be logged
+    Args:
+        pieces: the events.
+        public: takes the server's paths out of a message.
+    """
+    try:
+        async for piece in pieces:
+            yield piece
+    except Exception as error:
+        yield _event(_api_error(error, public).to_json())
+        if not isinstance(error, UmbrellaError | Busy | ApiError):
+            raise  # to be logged
 
 
 async def _last(events: AsyncIterator[Any]) -> CompleteAnswer:
@@ -431,6 +459,7 @@ def _api_error(error: BaseException, public: Callable[[str], str]) -> ApiError:
             ConfigError: (400, "invalid_value"),
             DataError: (422, "unusable"),
             CheckpointError: (422, "unusable"),
+            ReadingTimeoutError: (504, "too_slow"),
         }
         status, code = statuses.get(type(error), (500, "failed"))
         return ApiError(status, public("; ".join(error.faults)), code=code)
@@ -439,8 +468,11 @@ def _api_error(error: BaseException, public: Callable[[str], str]) -> ApiError:
 
 async def _json_body(request: Request) -> dict[str, Any]:
     """Return the body of a request, an object."""
+    content = bytearray()
+    async for piece in request.stream():  # unlike `body`, keeps nothing
+        content += piece
     try:
-        body = parse_json((await request.body()).decode(), "the request", ConfigError, "send JSON")
+        body = parse_json(content.decode(), "the request", ConfigError, "send JSON")
     except ConfigError as error:
         raise ApiError(400, error.faults[0], code="invalid_json") from None
     except UnicodeDecodeError:
@@ -466,7 +498,7 @@ def _typed(given: Mapping[str, Any], name: str, kind: type, default: Any, place:
     value = given.get(name)
     if value is None:
         return default
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    if kind is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 1000:
         return float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", dict: "an object"}
@@ -483,12 +515,20 @@ def _number_grid(given: Mapping[str, Any]) -> NumberGrid:
     ends = {name: _typed(given, name, float, None, f"{place}.") for name in ("low", "high", "step")}
     try:
         candidates = NumbersConfig(**ends, text=_typed(given, "text", str, None, f"{place}."))
-        if (candidates.high - candidates.low) / candidates.step >= _MAX_ANSWERS:
+        steps = (candidates.high - candidates.low) / candidates.step
+        if steps >= _MAX_ANSWERS:
             raise _bad(place, f"expected at most {_MAX_ANSWERS} candidates")
+        _check_text(math.ceil(steps) * len(str(candidates.text)), f"{place}.text")
         return NumberGrid.write(candidates, NumberTemplate.parse(str(candidates.text)), place)
     except (UmbrellaError, ValueError) as error:
         message = error.faults[0] if isinstance(error, UmbrellaError) else "expected low < high, step > 0 and one {}"
         raise _bad(place, message.removeprefix(f"{place}: ")) from None
+
+
+def _check_text(characters: int, param: str) -> None:
+    """Raise ApiError for more text than one request may have."""
+    if characters > _MAX_TEXT:
+        raise _bad(param, f"expected at most {_MAX_TEXT} characters in all")
 
 
 def _bad(param: str, message: str) -> ApiError:

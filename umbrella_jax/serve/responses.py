@@ -1,9 +1,11 @@
 """Answers in JSON, and errors in OpenAI's form."""
 
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack
 from typing import Any
 
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from umbrella_jax.errors import visible
 from umbrella_jax.io.files import strict_json
@@ -11,10 +13,43 @@ from umbrella_jax.io.files import strict_json
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 """{status: the error's `type`}; of other statuses, `invalid_request_error` below 500 and `server_error` from there."""
 
+_PIECE = 256 << 10
+"""Bytes that are sent at once."""
+_MESSAGE = 2000
+"""Characters of a message, which may quote a request."""
+
 
 def json_response(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     """Return `value` as JSON; NaN and infinity become null."""
     return Response(strict_json(value), status, headers, "application/json")
+
+
+class HoldingResponse:
+    """A response that holds what it needs until it has been sent, or the client has gone away."""
+
+    def __init__(self, response: ASGIApp, stack: AsyncExitStack):
+        """Initialise it.
+
+        Args:
+            response: to be sent.
+            stack: closed afterwards.
+        """
+        self._response, self._stack = response, stack
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the response."""
+        async with self._stack:
+            await self._response(scope, receive, send)
+
+
+def octets(content: bytes, media_type: str = "application/octet-stream") -> Response:
+    """Return a response with this content, of which only a piece at a time waits for the client to read it."""
+
+    async def pieces() -> AsyncIterator[bytes]:
+        for start in range(0, len(content), _PIECE):
+            yield content[start : start + _PIECE]
+
+    return StreamingResponse(pieces(), headers={"Content-Length": str(len(content))}, media_type=media_type)
 
 
 class ApiError(Exception):
@@ -44,7 +79,13 @@ class ApiError(Exception):
     def to_json(self) -> dict[str, Any]:
         """Return the error in OpenAI's form."""
         kind = _TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
-        error = {"message": visible(self.message), "type": kind, "param": self.param, "code": self.code}
+        message = self.message if len(self.message) <= _MESSAGE else f"{self.message[:_MESSAGE]} …"
+        error = {
+            "message": visible(message),
+            "type": kind,
+            "param": self.param and self.param[:_MESSAGE],
+            "code": self.code,
+        }
         return {"error": error}
 
     def response(self) -> Response:

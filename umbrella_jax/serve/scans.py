@@ -17,8 +17,8 @@ import shutil
 import stat
 import tempfile
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -31,11 +31,13 @@ from isal import igzip
 
 from umbrella_jax.config.schema import MAX_VOXELS, ModalityConfig, aliases_of, modality_names, resolve_modality
 from umbrella_jax.data.conversation import Conversations
-from umbrella_jax.data.volume import MAX_AXIS, count_windows, load_volume, open_volume, voxel_affine
+from umbrella_jax.data.deadline import ReadingTimeoutError, check_deadline
+from umbrella_jax.data.volume import MAX_AXIS, count_windows, load_volume, open_volume, reading_memory, voxel_affine
 from umbrella_jax.data.voxels import Voxels, map_header, open_voxels, readable
 from umbrella_jax.errors import DataError, visible
 from umbrella_jax.html.slices import preprocessed_geometry
 from umbrella_jax.io.files import is_locked, locked, open_private
+from umbrella_jax.serve.readers import Readers
 from umbrella_jax.serve.responses import ApiError, upload_too_large
 
 T = TypeVar("T")
@@ -50,6 +52,8 @@ _LABEL = 200
 """Characters of a name that are shown."""
 _PIECE = 1 << 20
 """Bytes that are written, or decompressed, at once."""
+_VIEWED_BYTES = 24
+"""Memory per voxel of a file that is converted to NIfTI: as read, as float32 and as the content of a file."""
 _BEGINNINGS = (b"\x1f\x8b", b"\x5c\x01\0\0", b"\0\0\x01\x5c", b"\x1c\x02\0\0", b"\0\0\x02\x1c")
 """How a NIfTI file can begin: gzip, or the size of a NIfTI-1 or 2 header in either order of bytes."""
 
@@ -113,6 +117,11 @@ class ServedScan:
     """When it was uploaded, by `time.monotonic`; None for a scan of --data."""
     listed: bool = True
     """Whether `Scans.listed` contains it."""
+
+    @property
+    def is_nifti(self) -> bool:
+        """Whether browsers read its file as it is."""
+        return self.path.name.endswith((".nii", ".nii.gz")) and self.path.is_file()
 
     def to_json(self) -> dict[str, Any]:
         """Return what a page shows of it."""
@@ -199,11 +208,14 @@ class Scans:
     limits: UploadLimits = field(default_factory=UploadLimits)
     data: Conversations | None = None
     """Conversations whose scans are listed."""
+    readers: Readers = field(default_factory=Readers)
+    """Threads that read them."""
 
     def __post_init__(self) -> None:
         self._scans = dict[str, ServedScan]()
         self._growing = dict[str, int]()  # {id of an upload under way: bytes so far}
-        self._threads = ThreadPoolExecutor(2, "scans")  # few: a slow check must not hold up the page
+        self._users = Counter[str]()  # {id: requests that need the file}
+        self._leaving = dict[str, ServedScan]()  # removed, but needed until these requests end
 
     def __getitem__(self, id: str) -> ServedScan:
         """Return a scan. Raise ApiError (404) for an id that is unknown, or of an upload that was removed."""
@@ -228,7 +240,8 @@ class Scans:
 
     def usage(self) -> tuple[int, int]:
         """Return the number of uploads and their bytes, those under way included."""
-        sizes = [scan.bytes for scan in self._scans.values() if scan.uploaded is not None]
+        kept = (*self._scans.values(), *self._leaving.values())
+        sizes = [scan.bytes for scan in kept if scan.uploaded is not None]
         return len(sizes) + len(self._growing), sum(sizes) + sum(self._growing.values())
 
     def public(self, text: str) -> str:
@@ -257,12 +270,13 @@ class Scans:
         part, kept = self.folder / f"{id}.part", list[Path]()
         self._growing[id] = 0
         try:
-            with open(part, "wb", buffering=0, opener=open_private) as file:
+            with open(part, "wb", opener=open_private) as file:  # buffered: a raw one may write only a part
                 head = await self._store(id, label, pieces, file.write)
+                await asyncio.to_thread(file.flush)
             path = self.folder / (f"{id}.nii.gz" if head.startswith(_BEGINNINGS[0]) else f"{id}.nii")
             part.rename(path)
             kept.append(path)
-            header = await self._run(partial(_check, path, limits))
+            header = await self._run(partial(_check, path, limits), label)
             scan = ServedScan(
                 id=id,
                 name=label,
@@ -349,51 +363,77 @@ class Scans:
 
     def _remove(self, scan: ServedScan) -> None:
         self._scans.pop(scan.id, None)
-        scan.path.unlink(missing_ok=True)
+        if self._users[scan.id]:
+            self._leaving[scan.id] = scan
+        else:
+            scan.path.unlink(missing_ok=True)
+
+    @contextmanager
+    def in_use(self, id: str) -> Iterator[ServedScan]:
+        """Keep the file of a scan during the block, even if it is deleted or its time ends. Raise as `scans[id]`."""
+        scan = self[id]
+        self._users[id] += 1
+        try:
+            yield scan
+        finally:
+            self._users[id] -= 1
+            if not self._users[id]:
+                del self._users[id]
+                if self._leaving.pop(id, None):
+                    scan.path.unlink(missing_ok=True)
 
     def _has_expired(self, scan: ServedScan) -> bool:
         return scan.uploaded is not None and time.monotonic() - scan.uploaded > self.limits.kept_seconds
 
-    async def seen(self, id: str, modality: str | None, window: int) -> bytes:
+    async def seen(self, scan: ServedScan, modality: str | None, window: int) -> bytes:
         """Return what the model sees of a scan: the preprocessed volume as NIfTI, in the space of the scan.
 
         Args:
+            scan: one that is `in_use`.
             modality: the one to prepare it as; None takes that of --data.
             window: of a run.
 
-        Raises ApiError: 404 as `scans[id]`, 400 for a modality or window that does not exist, 422 for a file that the
-            modality cannot use, 504 if it takes too long.
+        Raises ApiError: 400 for a modality or window that does not exist, 422 for a file that the modality cannot use,
+            504 if it takes too long.
         """
-        scan = self[id]
         name = modality or scan.modality
         known = None if name is None else resolve_modality(name, self.modalities)
         if known is None:
             message = f"expected one of {modality_names(self.modalities)}"
             raise ApiError(400, f"modality: {message}", param="modality", code="unknown_modality")
+        config = self.modalities[known]
+
+        def memory() -> int:
+            return reading_memory(open_volume(scan.path, config), config)
+
+        prepare = partial(prepared_nifti, scan.path, config, window)
         try:
-            return await self._run(partial(prepared_nifti, scan.path, self.modalities[known], window))
+            return await self._run(prepare, scan.name, await self._run(memory, scan.name))
         except DataError as error:
             raise ApiError(422, self.public("; ".join(error.faults)), code="unusable_scan", param="modality") from None
 
-    async def viewable(self, id: str) -> bytes | Path:
-        """Return the file of a scan if browsers read its format, or else its content as NIfTI. Raise as `seen`."""
-        scan = self[id]
-        if scan.path.name.endswith((".nii", ".nii.gz")) and scan.path.is_file():
+    async def viewable(self, scan: ServedScan) -> bytes | Path:
+        """Return the file of a scan if browsers read its format, or else its content as NIfTI.
+
+        Raises ApiError: 422 for a file that cannot be read, 504 if it takes too long.
+        """
+        if scan.is_nifti:
             return scan.path
         try:
-            return await self._run(partial(_as_nifti, scan.path, self.limits.unpacked_bytes))
+            memory = _VIEWED_BYTES * math.prod(scan.header.shape or ())
+            return await self._run(partial(_as_nifti, scan.path), scan.name, memory)
         except DataError as error:
             raise ApiError(422, self.public("; ".join(error.faults)), code="unusable_scan") from None
 
-    async def _run(self, function: Callable[[], T]) -> T:
-        """Run a function in a thread of this server, for at most `check_seconds`."""
-        loop = asyncio.get_running_loop()
-        seconds = self.limits.check_seconds
+    async def _run(self, function: Callable[[], T], name: str, memory: int = 0) -> T:
+        """Run a function in a thread of the readers, for at most `check_seconds`. Raises as `Readers.run`.
+
+        A function that takes too long is an ApiError, 504.
+        """
         try:
-            async with asyncio.timeout(seconds):
-                return await loop.run_in_executor(self._threads, function)
-        except TimeoutError:
-            raise ApiError(504, f"not ready within {seconds:g} s, the limit", code="too_slow") from None
+            return await self.readers.run(function, seconds=self.limits.check_seconds, memory=memory, name=name)
+        except ReadingTimeoutError as error:
+            raise ApiError(504, self.public("; ".join(error.faults)), code="too_slow") from None
 
     def read_data(self) -> None:
         """Read the headers of the scans of --data. An unreadable one is listed with the reason among its warnings."""
@@ -420,10 +460,6 @@ class Scans:
             label = visible(name, kept="")
             self._scans[id] = ServedScan(id, label, path, header, modality[path], task_questions=asked)
 
-    def close(self) -> None:
-        """Stop the threads."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
-
 
 def _label(name: str) -> str:
     """Return the label of an upload: the last part of its name, its control characters escaped."""
@@ -433,8 +469,7 @@ def _label(name: str) -> str:
 
 def _check(path: Path, limits: UploadLimits) -> ScanHeader:
     """Return the header of an upload, after checking that it unpacks to no more than the limit and to its end."""
-    header, deadline = read_header(path), time.monotonic() + limits.check_seconds
-    assert header.shape is not None
+    header = read_header(path)
     if path.suffix == ".gz":
         with readable(path):
             size, buffer = 0, bytearray(_PIECE)
@@ -443,8 +478,7 @@ def _check(path: Path, limits: UploadLimits) -> ScanHeader:
                     size += count
                     if size > limits.unpacked_bytes:
                         raise DataError(f"{path}: unpacks to more than {limits.unpacked_bytes >> 20} MB, the limit")
-                    if time.monotonic() > deadline:
-                        raise DataError(f"{path}: not unpacked within {limits.check_seconds:g} s, the limit")
+                    check_deadline(path)
     return header
 
 
@@ -469,14 +503,9 @@ def prepared_nifti(path: Path, config: ModalityConfig, window: int) -> bytes:
     return bytes(prepared.to_bytes())
 
 
-def _as_nifti(path: Path, limit: int) -> bytes:
-    """Return a volume or run of any format as a NIfTI file of float32.
-
-    Raises DataError if it has more bytes than the limit.
-    """
+def _as_nifti(path: Path) -> bytes:
+    """Return a volume or run of any format as a NIfTI file of float32."""
     image = open_voxels(path)
-    if 4 * math.prod(image.shape) > limit:
-        raise DataError(f"{path}: shape {image.shape}; expected at most {limit >> 22} M voxels to look at")
     voxels = image.read(0 if len(image.shape) < 4 else slice(None))
     header = map_header(image)
     made = (nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image)(
@@ -488,11 +517,20 @@ def _as_nifti(path: Path, limit: int) -> bytes:
 
 @contextmanager
 def open_scans(
-    modalities: Mapping[str, ModalityConfig], limits: UploadLimits, data: Conversations | None = None
+    modalities: Mapping[str, ModalityConfig],
+    limits: UploadLimits,
+    data: Conversations | None = None,
+    readers: Readers | None = None,
 ) -> Iterator[Scans]:
     """Make the private folder of the uploads, and remove it with everything in it at the end of the block.
 
     First, remove such folders of this user whose process has ended without doing so.
+
+    Args:
+        modalities: those of the model.
+        limits: of the uploads.
+        data: conversations whose scans are listed.
+        readers: threads that read scans; by default, new ones.
     """
     parent = Path(tempfile.gettempdir())
     folder = Path(tempfile.mkdtemp(prefix=FOLDER, dir=parent))  # mode 0700
@@ -500,11 +538,11 @@ def open_scans(
         with locked(folder):
             if is_locked(folder):  # otherwise this file system has no locks, and nothing says which servers still run
                 remove_leftovers(parent)
-            scans = Scans(folder, modalities, limits, data)
+            scans = Scans(folder, modalities, limits, data, readers or Readers())
             try:
                 yield scans
             finally:
-                scans.close()
+                scans.readers.close()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
