@@ -152,7 +152,7 @@ function enableTable(box) {
     startOver();
     search.focus(); // this button is gone
   });
-  const saving = saveButton("Save as CSV", `Save the rows that match as CSV: ${table.caption.textContent}`, () =>
+  const saving = saveButton("Save as CSV", `Save as CSV the rows that match: ${table.caption.textContent}`, () =>
     save(`${table.id}.csv`, csvOf([names, ...matching().map(({ texts }) => texts)]), "text/csv"));
   controls.append(reset, saving, status);
   box.prepend(controls);
