@@ -313,7 +313,8 @@ class Panel {
     this.#fit();
   }
 
-  // Give the planes the layout in which they are largest, the stage their height, and the crosshair its width in pixels.
+  // Give the stage the height of its planes, and the crosshair its width in pixels. A grid is taller than a row, so it is
+  // only for narrow windows, where its planes are much larger.
   #fit() {
     const { nv } = this;
     if (!nv.volumes.length || !this.#canvas.isConnected) return;
@@ -328,7 +329,7 @@ class Panel {
       const scale = Math.min((width - beside * PADDING) / across, (most - above * PADDING) / up);
       return { layout, scale, height: Math.ceil(scale * up + above * PADDING) };
     });
-    const best = fits.reduce((one, other) => (other.scale > one.scale ? other : one));
+    const best = fits.reduce((row, grid) => (grid.scale > 1.25 * row.scale ? grid : row));
     nv.opts.multiplanarLayout = LAYOUTS[best.layout];
     this.#stage.style.height = `${best.height}px`; // NiiVue draws again once the canvas has it
     nv.setCrosshairWidth(LINE / best.scale);
