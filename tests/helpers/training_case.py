@@ -20,7 +20,7 @@ from tests.helpers.golden_case import MODALITIES, PATCHES, golden_batch, golden_
 from umbrella_jax.batch import Batch
 from umbrella_jax.config.schema import LoraConfig, ModalityConfig, RematPolicy, TrainConfig
 from umbrella_jax.inference import generate
-from umbrella_jax.models import LlavaConfig, Params, QwenConfig, SiglipConfig, abstract_params
+from umbrella_jax.models import Llava, LlavaConfig, Params, QwenConfig, SiglipConfig, abstract_params
 from umbrella_jax.training.freeze import as_trainable, label_params, partition
 from umbrella_jax.training.optimizer import Schedule, make_optimizer, make_schedule
 from umbrella_jax.training.step import TrainState, init_state, train_step
@@ -42,6 +42,14 @@ if Version(version("jaxlib")) < Version("0.11"):
 quick_jit = partial(jax.jit, static_argnames=("graphdef", "optimizer"), donate_argnames="state", compiler_options=QUICK)
 """As `jit_train_step` is jitted, which `test_entry_points` looks at."""
 quick_step = quick_jit(train_step)
+
+
+def loss_and_logits(model: Llava, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """Return the loss of `loss_sum` and all logits, from one pass: two would take twice as long to compile."""
+    logits = model(batch)
+    log_p = jax.nn.log_softmax(logits[np.arange(len(logits))[:, None], batch.target_pos])
+    of_targets = jnp.take_along_axis(log_p, batch.target_ids[..., None], axis=2)[..., 0]
+    return -jnp.where(batch.target_mask, of_targets, 0.0).sum(), logits
 
 
 def step_traced_once() -> Any:

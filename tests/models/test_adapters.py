@@ -13,7 +13,7 @@ from convert.rules import hub_name, map_tensors
 from convert.torch_model import load_umbrella
 from tests.helpers.golden_case import GOLDEN, MODALITIES, golden_batch, golden_model, relative
 from tests.helpers.mesh_case import MODEL, mesh_batch
-from tests.helpers.training_case import QUICK, make_case, to_numpy
+from tests.helpers.training_case import QUICK, loss_and_logits, make_case, to_numpy
 from umbrella_jax.config.schema import LORA_TARGETS, GroupConfig, LoraConfig, MeshConfig, TrainConfig
 from umbrella_jax.errors import ConfigError
 from umbrella_jax.models import abstract_params, lora, merge, quantize
@@ -21,7 +21,6 @@ from umbrella_jax.models.paths import adapted_weight, adapter_paths
 from umbrella_jax.models.quantize import quantizable
 from umbrella_jax.sharding import RULES, make_mesh, mesh_shapes, put_batch, shardings, spec_of
 from umbrella_jax.training.freeze import counts, label_params, partition
-from umbrella_jax.training.loss import loss_sum
 from umbrella_jax.training.step import jit_train_step
 
 ALL = LoraConfig(rank=3, alpha=6, targets=tuple(LORA_TARGETS))
@@ -58,9 +57,10 @@ def case():
     @jax.jit
     def run(trainable, frozen):
         def loss(trainable):
-            return loss_sum(merge(graphdef, trainable | frozen), golden_batch(ROWS))[0]
+            return loss_and_logits(merge(graphdef, trainable | frozen), golden_batch(ROWS))
 
-        return merge(graphdef, trainable | frozen)(golden_batch(ROWS)), jax.grad(loss)(trainable)
+        grads, logits = jax.grad(loss, has_aux=True)(trainable)
+        return logits, grads
 
     logits, grads = run(adapters, params)
     return SimpleNamespace(

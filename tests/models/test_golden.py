@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.helpers.golden_case import golden, golden_batch, golden_model, relative
-from tests.helpers.training_case import OPTIMISED, first_moments, generating_with
+from tests.helpers.training_case import OPTIMISED, first_moments, generating_with, loss_and_logits
 from umbrella_jax.config.schema import TrainConfig
 from umbrella_jax.inference.generate import generate
 from umbrella_jax.models import abstract_params, merge, unstack
@@ -158,14 +158,10 @@ def test_bfloat16_compute_is_close():
     graphdef, _ = abstract_params(config)
     trainable, frozen = partition(params, label_params(list(params), ["patch_embed"]))
 
-    @jax.jit  # its optimisation takes half a minute
     def run(trainable):
-        model = merge(graphdef, trainable | frozen)
-        return model(golden_batch()), jax.grad(
-            lambda trainable: loss_sum(merge(graphdef, trainable | frozen), golden_batch())[0]
-        )(trainable)
+        return loss_and_logits(merge(graphdef, trainable | frozen), golden_batch())
 
-    logits, grads = run(trainable)
+    grads, logits = jax.jit(jax.grad(run, has_aux=True))(trainable)  # its optimisation takes half a minute
     assert logits.dtype == np.float32
     mask = golden("forward")["attention_mask"].astype(bool)[..., None]
     difference = relative(np.where(mask, logits, 0), golden("forward")["logits"])

@@ -8,7 +8,7 @@ import qwix
 
 from tests.helpers.golden_case import golden_batch, golden_model, relative
 from tests.helpers.mesh_case import mesh_case, micro_batch
-from tests.helpers.training_case import QUICK
+from tests.helpers.training_case import QUICK, loss_and_logits
 from umbrella_jax.config.schema import MeshConfig
 from umbrella_jax.models import abstract_params, merge, quantize
 from umbrella_jax.models.quantize import quantizable
@@ -64,11 +64,7 @@ def test_logits_and_gradients_are_those_of_the_rounded_weights(dtype, limit, rem
     @jax.jit
     def run(trainable, frozen):
         def loss(trainable):
-            """Compute `loss_sum` from all logits, to trace one pass instead of two."""
-            logits, batch = merge(graphdef, trainable | frozen)(golden_batch()), golden_batch()
-            log_p = jax.nn.log_softmax(logits[np.arange(len(logits))[:, None], batch.target_pos])
-            of_targets = jnp.take_along_axis(log_p, batch.target_ids[..., None], axis=2)[..., 0]
-            return -jnp.where(batch.target_mask, of_targets, 0.0).sum(), logits
+            return loss_and_logits(merge(graphdef, trainable | frozen), golden_batch())
 
         grads, logits = jax.grad(loss, has_aux=True)(trainable)
         return logits, grads
