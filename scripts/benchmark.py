@@ -22,7 +22,7 @@ Needs: convert  the extra `torch`, 12 GB of disk
        validate the extra `report`, 2 GB of disk, five minutes
        baselines the extra `fmri`, two minutes
        tpu      the extra `aot`, two hours on two cores; --quick ten minutes
-       serve    the extra `serve`, openai, 2 GB of memory, five minutes
+       serve    the extra `serve`, openai, 4 GB of memory, ten minutes
        start    1 GB of disk, ten minutes
 """
 

@@ -23,7 +23,7 @@ from bench.workload import VolumeSpec
 
 SETTING = Setting("0.5b", 4, 32000, VolumeSpec("T1", (96, 96, 96), (16, 16, 16), "t1_0.5b"), "float32", 8, 4, 8)
 QUESTIONS, NEW, LANES = 32, 16, 8
-SCAN, LIMIT_GB = (256, 256, 256), 3.0
+SCAN, LIMIT_GB = (256, 256, 256), 2.0
 SCRIPTS = Path(__file__).parents[1]
 
 

@@ -138,6 +138,7 @@ def test_refuses_candidates_without_end(numbers: dict[str, float]) -> None:
         (["4.50", "7.25"], {"low": 4, "high": 4.6, "step": 0.3}, ("4.00", "4.30", "4.60")),
         (["T1: -3"], {"low": -3, "high": 6, "step": 3}, ("T1: -3", "T1: 0", "T1: 3", "T1: 6")),
         ([], {"low": 0.5, "high": 1, "step": 0.25, "text": "{:.2f} mm"}, ("0.50 mm", "0.75 mm", "1.00 mm")),
+        ([], {"low": 0, "high": 2e29, "step": 1e29, "text": "{:.1f}"}, ("0.0", f"1{'0' * 29}.0", f"2{'0' * 29}.0")),
         (["45 years", "1 year"], {}, "are written differently: '45 years' and '1 year'"),
         (["3,5"], {}, "reference '3,5': expected exactly one number"),
         (["4.50", "7"], {}, "some references end in a 0"),
