@@ -147,7 +147,7 @@ def window_stride(config: ModalityConfig) -> int:
 def reading_memory(image: Voxels, config: ModalityConfig) -> int:
     """Return an upper bound of the memory in bytes that `preprocess` takes for a volume or window of an opened file."""
     voxels = math.prod(map(int, image.shape[:3]))
-    if len(config.size) == 4:  # cleaning or resampling a run may read all of it
+    if len(config.size) == 4:  # cleaning or resampling a run may read every frame
         voxels *= image.run.shape[3] if isinstance(image, ReframedRun) else _span(config)
     return _READ_BYTES * voxels + _MADE_BYTES * math.prod(config.size)
 

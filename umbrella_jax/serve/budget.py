@@ -7,10 +7,10 @@ from contextlib import asynccontextmanager
 
 
 class Budget:
-    """An amount of which the tasks of one event loop take parts, in the order in which they ask."""
+    """An amount that the tasks of one event loop share; they take parts in the order in which they ask."""
 
     def __init__(self, total: int):
-        """Initialise a budget of which nothing is taken."""
+        """Initialise a full budget."""
         self.total = self._left = total
         self._waiting = deque[tuple[int, asyncio.Future[None]]]()
 

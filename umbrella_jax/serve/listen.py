@@ -106,7 +106,7 @@ class Server(uvicorn.Server):
             proxy_headers=False,
             server_header=False,
             limit_concurrency=_CONNECTIONS,
-            backlog=_CONNECTIONS,  # so many are accepted at a time, before any of them can be refused
+            backlog=_CONNECTIONS,  # so many are accepted before one can be refused
             timeout_graceful_shutdown=_GRACE_SECONDS,
         )
         super().__init__(config)

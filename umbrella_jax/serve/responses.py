@@ -43,7 +43,7 @@ class HoldingResponse:
 
 
 def octets(content: bytes, media_type: str = "application/octet-stream") -> Response:
-    """Return a response with this content, of which only a piece at a time waits for the client to read it."""
+    """Return a response that sends this content piece by piece: no more than that waits for a slow client."""
 
     async def pieces() -> AsyncIterator[bytes]:
         for start in range(0, len(content), _PIECE):

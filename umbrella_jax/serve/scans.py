@@ -124,7 +124,7 @@ class ServedScan:
         return self.path.name.endswith((".nii", ".nii.gz")) and self.path.is_file()
 
     def to_json(self) -> dict[str, Any]:
-        """Return what a page shows of it."""
+        """Return the fields for a page."""
         header = self.header
         return {
             "id": self.id,
