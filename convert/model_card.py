@@ -49,6 +49,8 @@ class TrainingRecord:
     """Metrics of the exported step; None if it was not evaluated or cannot be scored."""
     resamples: int = 0
     """Number of resamples of subjects from which the intervals are computed."""
+    why_no_metrics: str = ""
+    """Why `metrics` is None."""
 
 
 _CARD = """---

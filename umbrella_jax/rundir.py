@@ -25,12 +25,13 @@ import traceback
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
-from umbrella_jax.config.schema import EarlyStoppingConfig, TrainConfig, lower_is_better
+from umbrella_jax.config.load import load_stored_config
+from umbrella_jax.config.schema import EarlyStoppingConfig, RunConfig, TrainConfig, lower_is_better
 from umbrella_jax.errors import ConfigError, DataError, Interrupted, UmbrellaError, known_cause, visible
 from umbrella_jax.io.files import open_private, strict_json, write_whole
 from umbrella_jax.io.reading import parse_json
@@ -57,6 +58,40 @@ _TAIL = 1 << 18
 
 def say_nothing(text: str) -> None:
     """Print nothing: the `Say` of all processes but the first."""
+
+
+def load_run_config(run: Path) -> RunConfig:
+    """Read the config of a run, with paths that can be opened from here.
+
+    A run records the paths of its data as they were given, and a relative one starts where the run was started. That
+    folder follows from the recorded `output_dir` if it is relative too, because the run's path ends with it. A path
+    that is not found from there is returned as it is recorded.
+
+    Raises ConfigError as `load_stored_config` does.
+    """
+    config = load_stored_config(run / CONFIG)
+    out, path = Path(config.output_dir or ""), run.absolute()
+    start = Path(*path.parts[: len(path.parts) - len(out.parts)])
+    if out.is_absolute() or not out.parts or start / out != path or start == Path.cwd():
+        return config
+
+    def reachable(recorded: str | None) -> str | None:
+        return str(start / recorded) if recorded and (start / recorded).exists() else recorded
+
+    data, tasks = config.data, config.evaluation.tasks
+    tasks = {name: replace(t, findings=reachable(t.findings), schema=reachable(t.schema)) for name, t in tasks.items()}
+    return replace(
+        config,
+        data=replace(
+            data,
+            train=reachable(data.train),
+            eval=reachable(data.eval),
+            image_root=reachable(data.image_root),
+            cache=reachable(data.cache),
+        ),
+        model=replace(config.model, adapter=reachable(config.model.adapter)),
+        evaluation=replace(config.evaluation, tasks=tasks),
+    )
 
 
 def read_metrics(path: Path) -> list[Line]:

@@ -35,7 +35,6 @@ from convert.lazy_tensor import Index, ShardingFor, Tensor, add_product, check_f
 from convert.peft_adapter import continue_adapters
 from convert.rules import map_tensors
 from convert.safetensors_files import weights_digest
-from umbrella_jax.config.load import load_stored_config
 from umbrella_jax.config.schema import (
     LoraConfig,
     ModalityConfig,
@@ -50,7 +49,7 @@ from umbrella_jax.distributed import broadcast, process_index, raise_together
 from umbrella_jax.errors import CheckpointError, ConfigError
 from umbrella_jax.models import LlavaConfig, Params, abstract_params, quantize
 from umbrella_jax.models.paths import adapted_weight, adapter_paths, component_of, is_component, modality_of
-from umbrella_jax.rundir import CHECKPOINTS, CONFIG, MODEL, NEWEST, Step, check_one_run, choose_step
+from umbrella_jax.rundir import CHECKPOINTS, CONFIG, MODEL, NEWEST, Step, check_one_run, choose_step, load_run_config
 from umbrella_jax.training import freeze
 from umbrella_jax.training.checkpoint import Checkpoints, param_shapes, restore_params
 from umbrella_jax.training.diagnose import nonfinite_params
@@ -533,7 +532,7 @@ class RunCheckpoint(Checkpoint):
     ) -> "RunCheckpoint":
         """Open the directory `run`, at `own_step` if the path named one; other arguments as in `Checkpoint.open`."""
         config = read_config(run / MODEL, modalities, **options)
-        settings = load_stored_config(run / CONFIG)
+        settings = load_run_config(run)
         assert settings.model.base is not None  # `train` requires one
         # parameters that the run did not train must start as they did in the run
         model = settings.model

@@ -343,15 +343,14 @@ def _predict(arguments: argparse.Namespace) -> None:
 
 
 def _features(arguments: argparse.Namespace) -> None:
-    from umbrella_jax.config.load import load_stored_config
     from umbrella_jax.inference.features import features
-    from umbrella_jax.rundir import CONFIG
+    from umbrella_jax.rundir import CONFIG, load_run_config
 
-    config, own, data = settings_of(arguments), Path(arguments.model) / CONFIG, None
+    config, data = settings_of(arguments), None
     if arguments.data is not None:
         data = replace(_data(arguments, config), train=None, eval=arguments.data)
-    elif own.is_file():
-        data = _data(arguments, load_stored_config(own))
+    elif (Path(arguments.model) / CONFIG).is_file():
+        data = _data(arguments, load_run_config(Path(arguments.model)))
     count = features(
         arguments.model,
         arguments.out,

@@ -1,6 +1,7 @@
 """Commands for checkpoints: `convert from-hf`, `to-hf`, `stitch`, `verify`, and `push`."""
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,6 @@ def _to_hf(arguments: argparse.Namespace) -> None:
     from umbrella_jax.checkpoints.checkpoint import Checkpoint
     from umbrella_jax.checkpoints.export import untrained_to_leave_out, write_hf, write_peft, write_trained
     from umbrella_jax.models.paths import describe_part
-    from umbrella_jax.run.record import read_training_records
 
     checkpoint = Checkpoint.open(arguments.source, step=arguments.step)
     if checkpoint.step_message:
@@ -143,7 +143,7 @@ def _to_hf(arguments: argparse.Namespace) -> None:
     if arguments.adapter:
         if arguments.trainable_only:
             raise ConfigError("adapter: an adapter has only trained weights anyway; leave --trainable-only out")
-        needs_own = write_peft(checkpoint, out, records=read_training_records(checkpoint), **options)
+        needs_own = write_peft(checkpoint, out, records=_records(checkpoint), **options)
         print(f"{out}: PEFT adapter for {checkpoint.origin.name}; in PyTorch:")
         if needs_own:
             print(f"  convert.torch_model.load_umbrella(HF_DIR, adapter={str(out)!r})")
@@ -154,13 +154,23 @@ def _to_hf(arguments: argparse.Namespace) -> None:
         print(f"{file}: trained weights; add them to their base with")
         print(f"  umbrella-jax convert from-hf HF_DIR OUT --config FILE \\\n    --patch-embed {file}")
     else:
-        records = read_training_records(checkpoint)
         options |= {"max_shard_size": arguments.max_shard_size, "with_code": arguments.with_code}
-        write_hf(checkpoint, out, records=records, **options)
+        write_hf(checkpoint, out, records=_records(checkpoint), **options)
         print(f"{out}: Hugging Face checkpoint; in PyTorch:\n  convert.torch_model.load_umbrella({str(out)!r})")
         if arguments.with_code:
             print("or, without this package:\n  AutoModelForImageTextToText.from_pretrained(")
             print(f"    {str(out)!r}, trust_remote_code=True\n  )")
+
+
+def _records(checkpoint: Any) -> Any:
+    """Return the training records for a model card, and print why one lacks metrics."""
+    from umbrella_jax.run.record import read_training_records
+
+    records = read_training_records(checkpoint)
+    for record in records:
+        if record.why_no_metrics:
+            print(f"the model card will have no metrics: {record.why_no_metrics}", file=sys.stderr)
+    return records
 
 
 def _stitch(arguments: argparse.Namespace) -> None:

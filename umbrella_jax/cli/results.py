@@ -22,7 +22,6 @@ from umbrella_jax.cli.options import (
     number,
     settings_of,
 )
-from umbrella_jax.config.load import load_stored_config
 from umbrella_jax.config.schema import EvaluationConfig
 from umbrella_jax.console import plural, wrapped
 from umbrella_jax.errors import ConfigError, DataError, visible
@@ -331,7 +330,7 @@ def _predictions_of(
         asked: the step of runs, chosen in each by `choose_step`.
         config: how to score; by default as the runs among the paths do.
     """
-    from umbrella_jax.rundir import CONFIG, check_one_run, choose_step, predictions_by_step
+    from umbrella_jax.rundir import check_one_run, choose_step, load_run_config, predictions_by_step
 
     files, titles, stored = list[Path](), list[str](), dict[Path, EvaluationConfig]()
     for path in paths:
@@ -340,7 +339,7 @@ def _predictions_of(
             by_step = predictions_by_step(path)
             if not by_step:
                 raise ConfigError(f"{path}: no predictions; expected an evaluated run or a predictions file")
-            run_config = load_stored_config(path / CONFIG)
+            run_config = load_run_config(path)
             step, why = choose_step(path, run_config.train, by_step, asked)
             files.append(by_step[step])
             titles.append(f"{by_step[step]} ({why})")

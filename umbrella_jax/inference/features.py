@@ -22,7 +22,6 @@ from tqdm import tqdm
 
 from convert.lazy_tensor import place
 from umbrella_jax.checkpoints.checkpoint import Checkpoint
-from umbrella_jax.config.load import load_stored_config
 from umbrella_jax.config.schema import AttentionBackend, ComputeDtype, DataConfig, ModalityConfig
 from umbrella_jax.data.cache import VolumeCache
 from umbrella_jax.data.confounds import check_confounds
@@ -36,7 +35,7 @@ from umbrella_jax.models import LlavaConfig, Params, native_backend
 from umbrella_jax.models.paths import PROJECTOR, VISION_TOWER
 from umbrella_jax.models.projector import LlavaMultiModalProjector
 from umbrella_jax.models.siglip import SiglipVisionModel
-from umbrella_jax.rundir import CONFIG, Step
+from umbrella_jax.rundir import Step, load_run_config
 
 Layer = Literal["tower", "projector"]
 """Features before or after the projector."""
@@ -185,7 +184,7 @@ def features(
     if data is None:
         if not checkpoint.runs:
             raise ConfigError(f"{model}: not a run, so nothing names its data; expected conversations (--data PATH)")
-        data = load_stored_config(checkpoint.runs[-1].path / CONFIG).data
+        data = load_run_config(checkpoint.runs[-1].path).data
     scans = _scans(data, checkpoint.config.modalities)
     by_modality: dict[str, list[_Scan]] = defaultdict(list)
     for scan in scans:

@@ -14,7 +14,7 @@ import jax
 from tqdm import tqdm
 
 from umbrella_jax.checkpoints.checkpoint import Checkpoint, RunCheckpoint
-from umbrella_jax.config.load import flat, load_stored_config
+from umbrella_jax.config.load import flat
 from umbrella_jax.config.schema import (
     ControlName,
     DataConfig,
@@ -37,7 +37,7 @@ from umbrella_jax.inference.windows import ExpandedDataset, expand
 from umbrella_jax.io.files import PRIVATE, append_line, check_output, naming, strict_json, take_lock, write_whole
 from umbrella_jax.io.reading import parse_json
 from umbrella_jax.models import abstract_params, native_backend
-from umbrella_jax.rundir import CONFIG, CONTROL_NAMES, Say, Step, control_beside, say_nothing
+from umbrella_jax.rundir import CONTROL_NAMES, Say, Step, control_beside, load_run_config, say_nothing
 from umbrella_jax.scoring.metrics import task_of, tasks_of
 from umbrella_jax.scoring.rows import Row, blank_rows
 from umbrella_jax.scoring.tasks import number_tasks
@@ -154,7 +154,7 @@ def predict(
         choices = None
         limit = (processor.tokenizer, processor.template, max_new_tokens, "max_new_tokens (--max-new-tokens)")
         if isinstance(checkpoint, RunCheckpoint):
-            of_run = load_stored_config(checkpoint.path / CONFIG).evaluation
+            of_run = load_run_config(checkpoint.path).evaluation
             windows, tasks = windows or of_run.windows, of_run.tasks if tasks is None else tasks
             if paraphrases is None:
                 asked = set(map(task_of, rows))

@@ -5,11 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from umbrella_jax.config.load import load_stored_config
 from umbrella_jax.config.schema import EvaluationConfig
 from umbrella_jax.errors import ConfigError
 from umbrella_jax.report.compare_runs import find_runs
-from umbrella_jax.rundir import CONFIG, FoldRun, step_to_test, test_answers
+from umbrella_jax.rundir import FoldRun, load_run_config, step_to_test, test_answers
 from umbrella_jax.scoring.metrics import pool_predictions, read_predictions
 
 
@@ -44,7 +43,7 @@ def _lacking(fold: FoldRun) -> str | None:
         return "not trained yet"
     if run.state != "finished":
         return f"{run.state}: {run.stop_reason or f'step {run.step} of {run.steps}'}"
-    step, _ = step_to_test(fold.run, load_stored_config(fold.run / CONFIG).train)
+    step, _ = step_to_test(fold.run, load_run_config(fold.run).train)
     return None if test_answers(fold.run, step).exists() else "trained, but its test set is not answered yet"
 
 
@@ -61,7 +60,7 @@ def read_folds(folds: Sequence[FoldRun], evaluation: EvaluationConfig | None) ->
     """
     if unfinished := unfinished_folds(folds):
         raise ConfigError([f"{run}: {lacking}; run umbrella-jax cv again" for run, lacking in unfinished.items()])
-    configs = {fold: load_stored_config(fold.run / CONFIG) for fold in folds}
+    configs = {fold: load_run_config(fold.run) for fold in folds}
     if evaluation is None:
         evaluation = configs[folds[0]].evaluation
         if differing := [fold for fold, config in configs.items() if config.evaluation != evaluation]:

@@ -5,12 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from umbrella_jax.config.load import load_stored_config
 from umbrella_jax.config.schema import EvaluationConfig
 from umbrella_jax.data.inputs import changed_inputs, load_stored_inputs
 from umbrella_jax.errors import ConfigError, Faults
 from umbrella_jax.report.compare_runs import Run, find_runs
-from umbrella_jax.rundir import CONFIG, INPUTS, Step, choose_step, predictions_by_step
+from umbrella_jax.rundir import INPUTS, Step, choose_step, load_run_config, predictions_by_step
 from umbrella_jax.scoring.metrics import read_predictions
 
 _MAY_DIFFER = (
@@ -59,7 +58,7 @@ def read_seeds(runs: Mapping[int, Path], asked: Step | None) -> SeedPredictions:
     faults += _differences(run_of)
     faults.raise_as(ConfigError)
     files, reasons = dict[int, Path](), dict[int, str]()
-    configs = {seed: load_stored_config(path / CONFIG) for seed, path in runs.items()}
+    configs = {seed: load_run_config(path) for seed, path in runs.items()}
     for seed, path in runs.items():
         with faults:
             by_step = predictions_by_step(path)

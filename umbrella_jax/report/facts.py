@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from convert.config_json import UMBRELLA_CONFIG, read_checkpoint_json, read_config, stored_untrained
-from umbrella_jax.config.load import load_stored_config
 from umbrella_jax.config.schema import RunConfig, TrainConfig
 from umbrella_jax.data.cache import source_digest
 from umbrella_jax.data.conversation import Conversation, conversation_files, read_with_config
@@ -30,6 +29,7 @@ from umbrella_jax.rundir import (
     Step,
     check_one_run,
     choose_step,
+    load_run_config,
     predictions_by_step,
     read_metrics,
 )
@@ -172,7 +172,7 @@ def read_facts(
     """
     run = Path(run)
     check_run(run)
-    config = load_stored_config(run / CONFIG)
+    config = load_run_config(run)
     model = read_config(run / MODEL, None)
     faults = Faults()
     with faults:

@@ -1,22 +1,20 @@
 """Collect the facts about a run that the model card of its export states."""
 
-import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from convert.model_card import TaskMetric, TrainingRecord
 from umbrella_jax.checkpoints.checkpoint import Checkpoint, RunCheckpoint
-from umbrella_jax.config.load import flat, load_stored_config
+from umbrella_jax.config.load import flat
 from umbrella_jax.config.schema import AugmentConfig, RunConfig, to_dict
 from umbrella_jax.errors import DataError, UmbrellaError
 from umbrella_jax.io.reading import LISTING, read_json
 from umbrella_jax.models import abstract_params
-from umbrella_jax.rundir import CONFIG, COUNTS, NEWEST, predictions_by_step
+from umbrella_jax.rundir import COUNTS, NEWEST, PREDICTIONS, load_run_config, predictions_by_step
 from umbrella_jax.scoring.metrics import cut_faults, read_predictions, score, tasks_of
 from umbrella_jax.training import freeze
 
-_log = logging.getLogger(__name__)
 _SETTINGS = ("train", "model", "data", "seed")
 _LEFT_OUT = (
     *("model.base", "model.adapter", "model.modalities", "train.tensorboard", "train.wandb", "train.eval_"),
@@ -30,23 +28,25 @@ _LEFT_OUT = (
 def read_training_records(checkpoint: Checkpoint) -> tuple[TrainingRecord, ...]:
     """Return the record of each run that made the weights of a checkpoint, first to last.
 
-    Predictions that cannot be scored cause a warning. Raises DataError, CheckpointError or ConfigError if another file
-    of a run is damaged.
+    The record of a run whose predictions are missing or cannot be scored says so in `why_no_metrics`. Raises DataError,
+    CheckpointError or ConfigError if another file of a run is damaged.
     """
     return tuple(_read(run) for run in checkpoint.runs)
 
 
 def _read(run: RunCheckpoint) -> TrainingRecord:
-    config = load_stored_config(run.path / CONFIG)
+    config = load_run_config(run.path)
     shapes = abstract_params(replace(run.config, lora=run.lora))[1]
+    metrics, why_no_metrics = _metrics(run, config)
     return TrainingRecord(
         step=f"step {run.step}" + (f" ({run.why_step})" if run.why_step not in ("", NEWEST) else ""),
         settings=_settings(config),
         versions=run.meta()["versions"],
         parameters=freeze.counts(shapes, freeze.label_params(list(shapes), run.groups)),
         counts=_counts(run.path / COUNTS),
-        metrics=_metrics(run, config),
+        metrics=metrics,
         resamples=config.evaluation.resamples,
+        why_no_metrics=why_no_metrics,
     )
 
 
@@ -76,23 +76,25 @@ def _settings(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def _metrics(run: RunCheckpoint, config: RunConfig) -> tuple[TaskMetric, ...] | None:
-    """Return the metrics of the evaluation after the exported step; None without one, or if it cannot be scored."""
-    file = predictions_by_step(run.path).get(run.step or 0)
-    if file is None:
-        return None
+def _metrics(run: RunCheckpoint, config: RunConfig) -> tuple[tuple[TaskMetric, ...] | None, str]:
+    """Return the metrics of the evaluation after the exported step; None and the reason without one."""
+    by_step, step = predictions_by_step(run.path), run.step or 0
+    if config.data.eval is None and not by_step:
+        return None, f"{run.path}: the run had no evaluation data (data.eval)"
+    if step not in by_step:
+        others = f"; step {', '.join(map(str, by_step))} was: choose it with --step" if by_step else ""
+        return None, f"{run.path / PREDICTIONS}: step {step} was not evaluated{others}"
     try:
-        rows = read_predictions(file)
+        rows = read_predictions(by_step[step])
         tasks = tasks_of(rows, config.evaluation.tasks)
         if faults := cut_faults(rows, tasks):
             raise DataError(faults)
         scores = score(rows, tasks, resamples=config.evaluation.resamples)
-    except UmbrellaError as error:  # as `umbrella-jax score` reports; the weights can be exported all the same
-        _log.warning("the model card will have no metrics: %s", error)
-        return None
+    except UmbrellaError as error:  # as `umbrella-jax score` reports; the weights can be used all the same
+        return None, str(error)
     return tuple(
         TaskMetric(task, name, figure.value, figure.low, figure.high, figure.chance, figure.n, figure.subjects)
         for task in scores.tasks
         for name, figure in scores.task_figures(task).items()
         if "/" not in name
-    )
+    ), ""
