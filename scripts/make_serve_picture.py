@@ -47,6 +47,7 @@ def main() -> None:
 def _use(tab: Tab) -> None:
     """Open a scan, ask about it, and explain the answer."""
     tab.wait("document.querySelector('#known option')")
+    assert tab.evaluate("document.querySelector('#gaps').hidden"), tab.text("#gaps")
     tab.type("#search", SCAN)
     tab.choose("#known", tab.wait("document.querySelector('#known option').value"))
     tab.click("#show-known")

@@ -129,9 +129,7 @@ def test_run_checkpoint_and_export_are_one_model(run: Path, export: Path, native
     assert np.abs(earlier - before).max() > 1e-2
 
 
-def test_the_card_of_an_export_is_about_its_run(
-    run: Path, export: Path, world: World, tmp_path: Path
-) -> None:
+def test_the_card_of_an_export_is_about_its_run(run: Path, export: Path, world: World, tmp_path: Path) -> None:
     card = (export / "README.md").read_text()
     assert f"\nExported: step {STEPS}. umbrella-jax " in card
     assert "| training | **all** | <10 | not recorded | volumes: <10 T1 |" in card

@@ -4,7 +4,9 @@ import base64
 import json
 import threading
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
@@ -16,13 +18,19 @@ from umbrella_jax.checkpoints.checkpoint import Checkpoint
 from umbrella_jax.checkpoints.load import load_opened
 from umbrella_jax.inference.processor import Processor
 from umbrella_jax.run.record import read_training_records
+from umbrella_jax.scoring.number_grid import NumberGrid
+from umbrella_jax.scoring.tasks import Task
 from umbrella_jax.serve.app import make_app
-from umbrella_jax.serve.description import describe_model
+from umbrella_jax.serve.description import ServedTask, describe_model
 from umbrella_jax.serve.engine import Engine
 from umbrella_jax.serve.guard import Access
 from umbrella_jax.serve.listen import Server, bind
 from umbrella_jax.serve.openai_api import model_routes
 from umbrella_jax.serve.scans import UploadLimits, open_scans
+
+_AGES = tuple(f"{age} years." for age in range(20, 90))
+AGE = Task("regression", (), unit="years", numbers=NumberGrid(tuple(map(float, range(20, 90))), _AGES, _AGES))
+"""A task of numbers that the server offers beside those of the run."""
 
 
 class Served:
@@ -33,21 +41,29 @@ class Served:
         self.run, self.scan = world.root / "run", world.root / "scans" / "0.nii.gz"
         checkpoint = Checkpoint.open(self.run).answering()
         description = describe_model(checkpoint, read_training_records(checkpoint))
+        description = replace(description, tasks=(*description.tasks, ServedTask("age", AGE, ("How old?",))))
         processor = Processor.from_checkpoint(checkpoint)
         self.engine = Engine(load_opened(checkpoint), processor, lanes=4, max_new_tokens=8)
         stack.enter_context(self.engine.running(description.warm_up()))
         self.scans = stack.enter_context(open_scans(checkpoint.config.modalities, UploadLimits()))
-        routes = model_routes(self.engine, self.scans, description)
-        socket, ready = bind("127.0.0.1", 0), threading.Event()
-        self.url = f"http://127.0.0.1:{socket.getsockname()[1]}"
-        server = Server(make_app(self.scans, Access("127.0.0.1"), routes=routes), ready.set)
-        thread = threading.Thread(target=server.run, args=[[socket]])
-        thread.start()
-        stack.callback(thread.join)
-        stack.callback(setattr, server, "should_exit", True)
-        assert ready.wait(60)
+        self._routes = model_routes(self.engine, self.scans, description)
+        self.url = stack.enter_context(self.listening(Access("127.0.0.1")))
         self.client = stack.enter_context(openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0))
         self.model = description.id
+
+    @contextmanager
+    def listening(self, access: Access) -> Iterator[str]:
+        """Serve the same model and scans at an address of their own, in a thread; yield the address."""
+        socket, ready = bind("127.0.0.1", 0), threading.Event()
+        server = Server(make_app(self.scans, access, routes=self._routes), ready.set)
+        thread = threading.Thread(target=server.run, args=[[socket]])
+        thread.start()
+        try:
+            assert ready.wait(60)
+            yield f"http://127.0.0.1:{socket.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join()
 
     def image(self, scan: Path | None = None, **more: Any) -> dict[str, Any]:
         url = "data:application/gzip;base64," + base64.b64encode((scan or self.scan).read_bytes()).decode()

@@ -15,7 +15,7 @@ from starlette.testclient import TestClient
 
 from tests.helpers import docs_world
 from tests.helpers.served import Served
-from tests.helpers.small_run import umbrella
+from tests.helpers.small_run import said, umbrella
 from umbrella_jax.checkpoints.load import load
 from umbrella_jax.errors import visible
 from umbrella_jax.inference.generate import Sampling, encode, generate, prefill
@@ -189,7 +189,10 @@ def test_the_command_serves_a_run_and_the_scans_of_its_data(served: Served, monk
 
     monkeypatch.setattr(Server, "run", run)
     flags = ["--image-root", world / "scans", "--port", 0, "--batch-size", 4, "--max-new-tokens", 8]
-    lines = umbrella("serve", served.run, "--data", world / "eval.json", *flags).splitlines()
+    printed, missing = said("serve", served.run, "--data", world / "eval.json", *flags)
+    lines = printed.splitlines()
+    assert "missing on the page: measured accuracies: " in missing
+    assert [gap["effect"] for gap in results["model"]["gaps"]] == ["measured accuracies"]
     assert lines[-2].startswith("http://127.0.0.1:")
     assert results["model"]["id"] == served.model
     first = results["scans"][0]

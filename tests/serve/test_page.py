@@ -1,9 +1,12 @@
 """The page of `serve` in Chromium: drop scans, ask, read the answer as it comes, lay over why, and see errors."""
 
 import gzip
-from collections.abc import Iterator
+import json
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from shutil import copy
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -12,6 +15,8 @@ from PIL import Image
 
 from tests.helpers.devtools import Browser, Tab
 from tests.helpers.served import Served
+from umbrella_jax.serve import engine
+from umbrella_jax.serve.guard import Access
 
 NAME = "<img src=x onerror=alert(1)>.nii.gz"
 """Of an upload: must never become an element."""
@@ -39,6 +44,12 @@ def ask(tab: Tab, question: str) -> None:
     tab.type("#question", question)
     tab.click("#send")
     tab.wait(f"document.querySelectorAll('.exchange .actions:not([hidden])').length === {count}")
+
+
+def names(tab: Tab, selector: str) -> list[str]:
+    """Return the texts of all elements that match."""
+    texts: list[str] = tab.evaluate(f"[...document.querySelectorAll({selector!r})].map((e) => e.textContent)")
+    return texts
 
 
 def pixels(tab: Tab, stage: int, out: Path) -> np.ndarray:
@@ -171,3 +182,133 @@ def test_errors_appear_where_they_happen_with_the_remedy(tab: Tab, served: Serve
     assert "upload it again" in tab.text(".exchange .alert")
     assert tab.refused[0][1] == 415
     assert all("Failed to load resource" in error for error in tab.errors), tab.errors
+
+
+@pytest.fixture
+def slow(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let each token of an answer, and each pass of an explanation, take long enough to press a button."""
+
+    def slowed(function: Callable[..., Any]) -> Callable[..., Any]:
+        def wait(*arguments: Any) -> Any:
+            time.sleep(0.3)
+            return function(*arguments)
+
+        return wait
+
+    monkeypatch.setattr(served.engine, "_advance", slowed(served.engine._advance))
+    monkeypatch.setattr(engine, "ExplainProgress", slowed(engine.ExplainProgress))
+
+
+def test_work_ends_where_it_is_stopped_or_left(tab: Tab, served: Served, slow: None) -> None:
+    drop(tab, served.scan, served.scan.with_name("3.nii.gz"))
+    for number in (1, 2):
+        tab.click(f".open-scan:nth-of-type({number}) .guess button")
+
+    def start(count: int = 1) -> None:
+        tab.click("#send")
+        tab.wait(
+            f"document.querySelectorAll('.exchange').length === {count} && "
+            "document.querySelector('.exchange:last-child .answer-text').textContent"
+        )
+
+    # stopped: on the server too, and the conversation is as before
+    tab.type("#question", "Which sex?")
+    tab.evaluate("for (let i = 0; i < 3; i++) document.querySelector('#send').click()")  # an impatient person
+    start()
+    tab.click(".answer > button")
+    tab.wait("document.querySelector('.cut')?.textContent.startsWith('Stopped')")
+    until_idle(served)
+    assert tab.evaluate("document.querySelector('#send').disabled") is False
+    assert tab.evaluate("document.querySelector('#question').value") == "Which sex?"
+    assert len(names(tab, ".check")) == 2
+
+    # left: the answer belongs to no other conversation
+    start(2)
+    tab.click("#restart")
+    until_idle(served)
+    assert names(tab, ".exchange") == []
+    start()
+    tab.wait("document.querySelector('.actions:not([hidden])')")
+    assert tab.evaluate("document.activeElement.id") == "question"
+    assert tab.text("#shown").startswith("In the conversation already: Scan 1, Scan 2.")
+    both = served.ask("Which sex?", served.image(), served.image(served.scan.with_name("3.nii.gz")), max_tokens=8)
+    assert both.choices[0].message.content in tab.text(".answer-text")
+
+    # an explanation that is cancelled, and one whose conversation ends
+    for selector in (".why button", "#restart"):
+        tab.click(".actions .row button")
+        tab.wait("document.querySelector('.why progress').value > 0")
+        tab.click(selector)
+        tab.wait("!document.querySelector('.why:not([hidden])')")
+        until_idle(served)
+    assert tab.evaluate("document.querySelector('.panel-bar').hidden")
+    assert tab.evaluate("document.querySelector('#question').value") == "Which sex?"  # offered for the scans open now
+
+    # a scan that is closed while the answer comes stays in the conversation
+    start()
+    tab.click(".open-scan .card-head button:last-child")
+    tab.wait("document.querySelector('.actions:not([hidden])')")
+    assert "Scan 1 (closed), Scan 2" in tab.text("#shown")
+    ask(tab, "And now?")
+    tab.evaluate("URL.createObjectURL = (blob) => { window.saved = blob.text(); return '#'; }")
+    tab.click("#save")
+    saved = json.loads(tab.wait("window.saved"))
+    assert [own["question"] for own in saved["answers"]] == ["Which sex?", "And now?"]
+    assert [scan["name"] for scan in saved["answers"][0]["scans"]] == ["0.nii.gz", "3.nii.gz"]
+    assert saved["answers"][1]["answer"] in tab.text(".exchange:nth-child(2) .answer-text")
+    assert tab.errors == []
+
+
+def until_idle(served: Served) -> None:
+    """Wait until the server works on nothing."""
+    end = time.monotonic() + 10
+    while served.engine.waiting or served.engine.answering or served.engine._explained:
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_numbers_are_shown_as_their_distribution(tab: Tab, served: Served) -> None:
+    tab.drop_files("#drop", served.scan)
+    tab.wait("document.querySelector('.guess button')")
+    tab.click(".guess button")
+    tab.choose("#task", "age")
+    assert tab.text("#task-note") == "A number from 20 to 89 years."
+    ask(tab, "How old?")
+    numbers = served.ask("How old?", extra_body={"umbrella": {"task": "age"}}).umbrella["numbers"]
+    summary = tab.text(".numbers figcaption b")
+    low, high = numbers["interval_95"]
+    expected = f"Expected {numbers['expectation']:.4g} years · median {numbers['median']:g}"
+    assert summary == f"{expected} · 95 % between {low:g} and {high:g}"
+    tab.click(".actions button")
+    tab.wait("document.querySelector('.without-line')")
+    assert tab.accessibility() == []
+
+
+def test_a_browser_without_webgl_can_ask_all_the_same(tab: Tab, served: Served) -> None:
+    tab.call("Page.addScriptToEvaluateOnNewDocument", source="HTMLCanvasElement.prototype.getContext = () => null")
+    tab.go(served.url)
+    tab.wait("document.querySelector('#facts dd')")
+    tab.drop_files("#drop", served.scan)
+    assert "no WebGL 2" in tab.wait("document.querySelector('.open-scan > [role=alert]')?.textContent")
+    tab.click(".guess button")
+    ask(tab, "Which sex?")
+    tab.click(".actions .row button")
+    tab.wait("document.querySelector('.maps a')")
+    assert tab.text(".maps button") == "Show on Scan 1"
+
+
+def test_a_server_with_a_token_asks_for_it(tab: Tab, served: Served) -> None:
+    with served.listening(Access("127.0.0.1", "correct-horse-battery")) as url:
+        tab.go(url)
+        assert "a token is needed" in tab.text("[role=alert]")
+        assert tab.accessibility() == []
+        for token, shows in (("wrong", "[role=alert]"), ("correct-horse-battery", "#facts dd")):
+            tab.type("input", token)
+            tab.press("Enter")
+            tab.wait(
+                f"document.readyState === 'complete' && document.querySelector('{shows}')"
+                + " && !location.search.includes('correct')"
+            )
+        assert tab.evaluate("location.href") == f"{url}/"
+        tab.go(url)
+        tab.wait("document.querySelector('#facts dd')")

@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 from umbrella_jax.cli.options import add_command, add_flags, add_model, open_checkpoint, settings_of
+from umbrella_jax.console import wrapped
 from umbrella_jax.errors import ConfigError
 
 _PORT = 8765
@@ -98,7 +99,9 @@ def _run(arguments: argparse.Namespace, access: Any, bound: socket.socket) -> No
     config = settings.data if settings else DataConfig()
     config = replace(config, image_root=getattr(arguments, "data.image_root") or config.image_root)
     data = read_with_config(arguments.data, checkpoint.config.modalities, config) if arguments.data else None
-    description = describe_model(checkpoint, read_training_records(checkpoint))
+    description = describe_model(checkpoint, read_training_records(checkpoint), arguments.data)
+    for gap in description.gaps:
+        print("\n".join(wrapped(f"missing on the page: {gap.effect}: {gap.reason}")), file=sys.stderr)
     processor = Processor.from_checkpoint(checkpoint, max_length=config.max_length)
     lanes, longest = arguments.batch_size, arguments.max_new_tokens
     readers = Readers()

@@ -75,7 +75,7 @@ function usualLimit(values) {
 
 // A slider with its name and value; `say(value)` is the text of a value.
 function makeSlider(name, { min, max, step, value, say, change }) {
-  const text = make("output");
+  const text = make("output", { "aria-live": "off" }); // the input says its value, and many change at once
   const input = make("input", { type: "range", min: String(min), max: String(max), step: String(step) });
   const show = () => {
     text.textContent = say(Number(input.value));
@@ -148,12 +148,13 @@ class Panel {
     if (overlay) await this.setOverlay(overlay);
   }
 
-  // Show another volume; the overlay is removed.
+  // Show another volume at the same place in mm, if there is one; the overlay is removed.
   async setVolume(source) {
     const number = ++this.#loads.volume;
     this.#loads.overlay += 1; // a map of the volume before
     const volume = await this.#load(source);
     if (number !== this.#loads.volume) return;
+    const mm = this.nv.volumes.length && this.isOriented ? this.#mm() : null;
     [...this.nv.volumes].reverse().forEach((old) => this.nv.removeVolume(old));
     this.#overlay = null;
     const { qform_code: qform, sform_code: sform } = volume.hdr;
@@ -161,8 +162,10 @@ class Panel {
     this.nv.opts.isOrientationTextVisible = this.isOriented;
     this.nv.addVolume(volume);
     this.window = [volume.cal_min, volume.cal_max];
+    this.#view = "three planes";
     this.#build();
     this.reset();
+    if (mm && this.isOriented) this.#goTo(mm);
   }
 
   // Lay a map over the volume, with a colour bar and a threshold; null removes it.
@@ -183,7 +186,9 @@ class Panel {
       this.nv.addVolume(map);
     }
     this.#build();
-    this.reset();
+    if (map) this.#resetOverlay();
+    else this.nv.updateGLVolume();
+    this.setFrame(this.nv.volumes[0].frame4D);
   }
 
   // Show a frame of a 4D volume and of the map over it, counted from 0.
@@ -201,13 +206,7 @@ class Panel {
     nv.scene.pan2Dxyzmm = [0, 0, 0, 1];
     nv.scene.crosshairPos = [...this.at];
     this.#view = "three planes";
-    if (this.#overlay) {
-      const { limit, threshold } = this.#overlay;
-      this.#setRange(threshold, limit);
-      this.#sliders.threshold?.set((100 * threshold) / limit);
-      this.#sliders.opacity?.set(OPACITY);
-      nv.setOpacity(1, OPACITY);
-    }
+    if (this.#overlay) this.#resetOverlay();
     this.#host.querySelector("select").value = this.#view;
     this.#showView();
     nv.updateGLVolume();
@@ -235,6 +234,14 @@ class Panel {
       this.#status.textContent = `Not shown: ${error.message}`;
       throw error;
     }
+  }
+
+  #resetOverlay() {
+    const { limit, threshold } = this.#overlay;
+    this.#setRange(threshold, limit);
+    this.#sliders.threshold?.set((100 * threshold) / limit);
+    this.#sliders.opacity?.set(OPACITY);
+    this.nv.setOpacity(1, OPACITY);
   }
 
   #setRange(threshold, limit) {
@@ -289,6 +296,7 @@ class Panel {
       });
     }
     const view = make("select", {}, ...Object.keys(VIEWS).map((name) => make("option", { value: name }, name)));
+    view.value = this.#view;
     view.addEventListener("change", () => {
       this.#view = view.value;
       this.#showView();
@@ -368,6 +376,16 @@ class Panel {
     this.#tell();
   }
 
+  #mm() {
+    return [...this.nv.frac2mm(this.nv.scene.crosshairPos, 0, true)].slice(0, 3);
+  }
+
+  #goTo(mm) {
+    this.nv.scene.crosshairPos = [...this.nv.mm2frac(mm, 0, true)].map((share) => Math.min(Math.max(share, 0), 1));
+    this.nv.drawScene();
+    this.#tell();
+  }
+
   #slice(axis) {
     const length = this.nv.volumes[0].dimsRAS[axis + 1];
     const index = Math.floor(this.nv.scene.crosshairPos[axis] * length);
@@ -399,7 +417,7 @@ class Panel {
     this.#sliders.frame?.set(volume.frame4D);
     this.#sliders.black?.set(volume.cal_min);
     this.#sliders.white?.set(volume.cal_max);
-    const mm = [...nv.frac2mm(nv.scene.crosshairPos, 0, true)].slice(0, 3);
+    const mm = this.#mm();
     const values = nv.volumes.map((one) => one.getValue(...one.mm2vox(mm), one.frame4D));
     const place = this.isOriented
       ? `x, y, z: ${mm.map((at) => at.toFixed(1)).join(", ")} mm${this.origin && ` from ${this.origin}`}`
@@ -413,6 +431,11 @@ class Panel {
 async function openPanel(host, { title, volume, overlay = null, at = [0.5, 0.5, 0.5], origin = "" }) {
   if (!canDrawScans()) throw new Error("this browser has no WebGL 2, which draws the scans");
   const panel = new Panel(host, title, at, origin);
-  await panel.start(volume, overlay);
+  try {
+    await panel.start(volume, overlay);
+  } catch (error) {
+    panel.close(); // browsers have few canvases to draw in
+    throw error;
+  }
   return panel;
 }

@@ -28,6 +28,8 @@ STATIC = {file.name: file for file in (*_FILES, _HTML / "vendor" / "niivue.umd.j
 """{name: file} of the files under /static/; no other file is served."""
 _VOXEL_BYTES = 4 << 30
 """Memory of the voxels that are being made for clients, or wait for them to read."""
+IS_CUT = "Umbrella-List-Is-Cut"
+"""Header of the list of scans: whether --data has more of them."""
 _SWEEP_SECONDS = 30.0
 """Time between two searches for expired uploads."""
 
@@ -68,7 +70,8 @@ def make_app(
 
     async def list_scans(request: Request) -> Response:
         await request.app.state.data_read
-        return json_response([scan.to_json() for scan in scans.listed()])
+        headers = {IS_CUT: "true" if scans.is_cut else "false"}
+        return json_response([scan.to_json() for scan in scans.listed()], headers=headers)
 
     async def upload(request: Request) -> Response:
         name, content = await uploaded_file(request)

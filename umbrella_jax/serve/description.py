@@ -2,21 +2,28 @@
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import islice
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from convert.export_config import CARD
 from convert.model_card import TrainingRecord
 from umbrella_jax.checkpoints.checkpoint import Checkpoint, RunCheckpoint
-from umbrella_jax.config.load import load_stored_config
 from umbrella_jax.config.schema import ModalityConfig, RunConfig, aliases_of
-from umbrella_jax.data.conversation import Conversation, Image, Message, read_with_config
+from umbrella_jax.data.conversation import (
+    Conversation,
+    Image,
+    Message,
+    conversation_files,
+    read_with_config,
+)
+from umbrella_jax.data.inputs import load_stored_inputs
 from umbrella_jax.errors import UmbrellaError
-from umbrella_jax.io.reading import parse_yaml
-from umbrella_jax.rundir import CONFIG, predictions_by_step
+from umbrella_jax.io.reading import parse_yaml, sha256
+from umbrella_jax.rundir import COUNTS, INPUTS, load_run_config, predictions_by_step
 from umbrella_jax.scoring.metrics import read_predictions
 from umbrella_jax.scoring.rows import blank_rows
 from umbrella_jax.scoring.tasks import Task, headline, task_of, tasks_of
@@ -26,10 +33,27 @@ NOTICE = (
     "Not a medical device. For research only: no diagnosis, treatment, screening or other decision about a person. The "
     "model answers every question, also one that it was never trained on; such an answer means nothing."
 )
-_READ = 20_000
-"""Conversations that are searched for the questions of tasks."""
-_QUESTIONS = 5
+_QUESTIONS = 20
 """Questions that are listed for a task."""
+
+
+@dataclass(frozen=True)
+class Gap:
+    """A part of the description that is missing."""
+
+    effect: str
+    """What the page lacks."""
+    reason: str
+    """Why, with the file and the remedy."""
+    paths: tuple[Path, ...] = ()
+    """Paths in `reason`, of which the page shows only the names."""
+
+    def to_json(self) -> dict[str, str]:
+        """Return the fields for a page."""
+        reason = self.reason
+        for path in self.paths:
+            reason = reason.replace(str(path), path.name)
+        return {"effect": self.effect, "reason": reason}
 
 
 @dataclass(frozen=True)
@@ -41,10 +65,14 @@ class ServedTask:
     """How its answers are scored; None if that is not known."""
     questions: tuple[str, ...] = ()
     """The most frequent wordings."""
+    more_questions: int = 0
+    """Number of further wordings."""
     metric: Mapping[str, Any] | None = None
     """`name`, `value`, `interval`, `chance` and `n` of its main metric."""
     example: Conversation | None = None
     """A conversation of the task, without its last answer."""
+    shape: tuple[int, int] | None = None
+    """Number of questions, and of scans, of a conversation; None if they differ or are not known."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields for a page."""
@@ -56,6 +84,9 @@ class ServedTask:
         return {
             "name": self.name,
             "questions": self.questions,
+            "more_questions": self.more_questions,
+            "turns": self.shape and self.shape[0],
+            "scans": self.shape and self.shape[1],
             "kind": None if task is None else task.kind,
             "answers": None if task is None else task.answers,
             "numbers": numbers,
@@ -68,6 +99,8 @@ class ModelDescription:
     """The recorded facts about a served model."""
 
     id: str
+    step: str | None
+    """The step of a run, and why it was chosen."""
     base: str
     trained: tuple[str, ...]
     """Groups of parameters that were trained."""
@@ -78,11 +111,14 @@ class ModelDescription:
     untrained: frozenset[str]
     """Modalities that the model may not answer about."""
     tasks: tuple[ServedTask, ...]
+    gaps: tuple[Gap, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return the answer to GET /api/model."""
         return {
             "id": self.id,
+            "version": version("umbrella-jax"),
+            "step": self.step,
             "base": self.base,
             "trained": self.trained,
             "subjects": self.subjects,
@@ -100,6 +136,7 @@ class ModelDescription:
                 for name, config in self.modalities.items()
             ],
             "tasks": [task.to_json() for task in self.tasks],
+            "gaps": [gap.to_json() for gap in self.gaps],
             "notice": NOTICE,
         }
 
@@ -118,48 +155,69 @@ class ModelDescription:
         return questions
 
 
-def describe_model(checkpoint: Checkpoint, records: Sequence[TrainingRecord]) -> ModelDescription:
-    """Return the recorded facts about a checkpoint.
+def describe_model(
+    checkpoint: Checkpoint, records: Sequence[TrainingRecord], data: str | Path | None = None
+) -> ModelDescription:
+    """Return the recorded facts about a checkpoint, and which are missing (`ModelDescription.gaps`).
 
     Args:
         checkpoint: opened to answer (`Checkpoint.answering`), or with untrained parts allowed.
         records: of its runs, as `read_training_records` returns them.
+        data: conversations of --data. They replace those of the run if these cannot be read and the content is the
+            same, for example because the run was copied to another machine.
 
     Raises ConfigError if the configuration of its run is damaged.
     """
-    counts = (records[-1].counts or {}).get("train", {}) if records else {}
-    run = checkpoint.runs[-1] if checkpoint.runs else None
+    run = checkpoint.runs[-1] if checkpoint.runs and records else None
+    counts = records[-1].counts if run else None
+    if run:
+        tasks, gaps = _tasks_of_run(run, records[-1], data)
+        if counts is None:
+            reason = f"{run.path / COUNTS}: not found; copy it from the run, if the run has one"
+            gaps.append(Gap("the number of subjects and conversations", reason, (run.path,)))
+    else:
+        tasks, gaps = _tasks_of_card(checkpoint.description / CARD)
+    train = (counts or {}).get("train", {})
     return ModelDescription(
         id=checkpoint.name,
+        step=records[-1].step if run else None,
         base=checkpoint.base_name,
         trained=tuple(run.groups) if run else (),
-        subjects=counts.get("subjects"),
-        conversations=counts.get("conversations"),
+        subjects=train.get("subjects"),
+        conversations=train.get("conversations"),
         modalities=checkpoint.config.modalities,
         untrained=frozenset(checkpoint.config.untrained),
-        tasks=_tasks_of_run(run, records[-1]) if run and records else _tasks_of_card(checkpoint.description / CARD),
+        tasks=tasks,
+        gaps=tuple(gaps),
     )
 
 
-def _tasks_of_run(run: RunCheckpoint, record: TrainingRecord) -> tuple[ServedTask, ...]:
-    """Return the tasks of a run's predictions or, without any, of its data if that can still be read."""
-    config = load_stored_config(run.path / CONFIG)
-    conversations = list(islice(_conversations(config), _READ))
-    rows: Iterable[Mapping[str, Any]] = blank_rows(conversations)
+def _tasks_of_run(
+    run: RunCheckpoint, record: TrainingRecord, data: str | Path | None
+) -> tuple[tuple[ServedTask, ...], list[Gap]]:
+    """Return the tasks of a run's conversations and predictions, and what is missing of them."""
+    config = load_run_config(run.path)
+    conversations, gaps = _conversations(run, config, data)
+    rows: Sequence[Mapping[str, Any]] = blank_rows(conversations)
     wordings, examples = defaultdict[str, Counter[str]](Counter), dict[str, Conversation]()
+    shapes = defaultdict[str, set[tuple[int, int]]](set)
     for row, conversation in zip(rows, conversations, strict=True):
         asked = [message.text.strip() for message in conversation.messages if message.role == "user"]
         if asked and conversation.messages[-1].role == "assistant":
             wordings[task_of(row)][asked[-1]] += 1
+            shapes[task_of(row)].add((len(asked), len(conversation.images)))
             blank = (*conversation.messages[:-1], Message("assistant", ("",)))
             examples.setdefault(task_of(row), replace(conversation, messages=blank))
     tasks = dict[str, Task]()
     try:
         if file := predictions_by_step(run.path).get(run.step or 0):
             rows = read_predictions(file)
-        tasks = tasks_of(rows, config.evaluation.tasks)
-    except UmbrellaError:  # `umbrella-jax score` reports it; the model can answer all the same
-        pass
+        if rows:
+            tasks = tasks_of(rows, config.evaluation.tasks)
+    except UmbrellaError as error:
+        gaps.append(Gap("answers to compare of the tasks", _first_fault(error), (run.path,)))
+    if record.why_no_metrics:
+        gaps.append(Gap("measured accuracies", record.why_no_metrics.split("\n")[0], (run.path,)))
     figures = defaultdict[str, dict[str, Any]](dict)
     for figure in record.metrics or ():
         interval = None if figure.low is None else [figure.low, figure.high]
@@ -170,35 +228,65 @@ def _tasks_of_run(run: RunCheckpoint, record: TrainingRecord) -> tuple[ServedTas
             name,
             tasks.get(name),
             tuple(text for text, _ in wordings[name].most_common(_QUESTIONS)),
+            max(len(wordings[name]) - _QUESTIONS, 0),
             figures[name][headline(list(figures[name]))] if figures[name] else None,
             examples.get(name),
+            next(iter(shapes[name])) if len(shapes[name]) == 1 else None,
         )
-        for name in tasks or examples
-    )
+        for name in dict.fromkeys([*tasks, *examples])  # predictions may cover only a part (train.eval_samples)
+    ), gaps
 
 
-def _conversations(config: RunConfig) -> Iterable[Conversation]:
-    """Return the evaluation data of a run, or its training data; nothing if they cannot be read any more."""
-    for path in (config.data.eval, config.data.train):
-        if path is not None:
-            try:
-                return read_with_config(path, config.model.modalities or {}, config.data)
-            except UmbrellaError:
+def _conversations(
+    run: RunCheckpoint, config: RunConfig, data: str | Path | None
+) -> tuple[Sequence[Conversation], list[Gap]]:
+    """Return the evaluation data of a run or else its training data, as the run read them, and what is missing."""
+    questions = "the tasks' questions"
+    recorded = {"data.eval": config.data.eval, "--data": data, "data.train": config.data.train}
+    named = {name: Path(path) for name, path in recorded.items() if path is not None}
+    paths = (run.path, *named.values())
+    without_scans = replace(config.data, image_root=None, allow_outside_root=True)  # which are not read here
+    try:
+        known = {digest for _, digest in load_stored_inputs(run.path / INPUTS, "copy it from the run")["conversations"]}
+    except UmbrellaError as error:
+        return (), [Gap(questions, _first_fault(error), paths)]
+    reasons = list[str]()
+    for name, path in named.items():
+        try:
+            if changed := [file for file in conversation_files(path) if sha256(file) not in known]:
+                if name != "--data":  # which may be any other conversations
+                    reasons.append(f"{name} of the run: {changed[0]}: has changed since")
                 continue
-    return ()
+            conversations = read_with_config(path, run.config.modalities, without_scans)
+        except UmbrellaError as error:
+            reasons.append(f"{name} of the run: {_first_fault(error)}")
+            continue
+        if not reasons or name == "--data":
+            return conversations, []
+        reason = f"{'; '.join(reasons)}; bring it back, or name a copy with --data"
+        return conversations, [Gap(f"{questions} in the evaluation data; those of data.train are shown", reason, paths)]
+    return (), [Gap(questions, f"{'; '.join(reasons)}; bring one back, or name a copy with --data", paths)]
 
 
-def _tasks_of_card(card: Path) -> tuple[ServedTask, ...]:
-    """Return the tasks with metrics in the model card of an export."""
+def _first_fault(error: UmbrellaError) -> str:
+    more = len(error.faults) - 1
+    return error.faults[0] + (f" (and {more} more)" if more else "")
+
+
+def _tasks_of_card(card: Path) -> tuple[tuple[ServedTask, ...], list[Gap]]:
+    """Return the tasks with metrics in the model card of an export, and what the card does not record."""
+    remedy = "serve the run itself to have them"
+    gaps = [Gap("the tasks' questions and answers, and the number of subjects", f"only a run records them; {remedy}")]
     text = card.read_text(encoding="utf-8") if card.is_file() else ""
     front = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
     figures = defaultdict[str, dict[str, Any]](dict)
-    try:
+    with suppress(UmbrellaError, LookupError, TypeError, ValueError):  # somebody else's card
         for result in parse_yaml(front[1], str(card))["model-index"][0]["results"] if front else ():
             name = str(result["dataset"]["name"]).removesuffix(", data of the run")
             for metric in result["metrics"]:
                 own = {"name": metric["type"], "value": float(metric["value"])}
                 figures[name][metric["type"]] = own | {"interval": None, "chance": None, "n": None}
-    except (UmbrellaError, LookupError, TypeError, ValueError):  # somebody else's card
-        return ()
-    return tuple(ServedTask(name, metric=own[headline(list(own))]) for name, own in figures.items())
+    if not figures:
+        reason = f"{card}: {'states none' if card.is_file() else 'not found'}; {remedy}"
+        gaps.append(Gap("measured accuracies", reason, (card,)))
+    return tuple(ServedTask(name, metric=own[headline(list(own))]) for name, own in figures.items()), gaps

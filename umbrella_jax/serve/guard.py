@@ -9,6 +9,7 @@ Nothing of a request is logged, unless asked for: no path, name or question. Of 
 
 import asyncio
 import hmac
+import html
 import ipaddress
 import secrets
 import socket
@@ -45,6 +46,15 @@ _HEADERS = {
 _FORWARD = '<!doctype html><title>umbrella-jax</title><meta http-equiv="refresh" content="0;url=/">'
 """Page that takes a visitor whose address had the token to one without it. A redirect would not do: a browser that came
 from another site, by a link in a mail, would follow it without the cookie."""
+_REFUSAL = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>umbrella-jax</title>
+<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">
+<link rel="stylesheet" href="/static/style.css"></head>
+<body><main><h1>umbrella-jax</h1><p role="alert">{message}</p>{form}</main></body></html>"""
+"""Page for a visitor whose request is refused."""
+_TOKEN_FORM = """<form action="/"><label>Token
+<input name="token" type="password" autocomplete="off" autofocus required></label> <button>Open</button></form>"""
+_OPEN_PATHS = ("/healthz", "/static/style.css")
+"""Paths that need no token: of probes, and what the page that asks for the token looks like."""
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 """Names of this machine that need no token."""
 UPLOADS = "/api/scans"
@@ -238,7 +248,7 @@ class Guard:
             else:
                 await self._app(scope, body.receive, send_with_headers)
         except ApiError as error:
-            await answer(error.response())
+            await answer(_refusal_page(error) if _is_visit(scope) else error.response())
         except ClientDisconnect:
             pass
         except UmbrellaError as error:
@@ -265,18 +275,20 @@ class Guard:
         if len(hosts) != 1 or not self._access.admits_host(hosts[0]):
             raise ApiError(421, "Host: not a name of this server; open it by the address that it printed", code="host")
         own = {f"http://{hosts[0].lower()}", f"https://{hosts[0].lower()}"}
-        is_visit = scope["path"] == "/" and scope["method"] == "GET"  # a link to the page may be anywhere
+        is_visit = _is_visit(scope)  # a link to the page may be anywhere
         site = headers.get("sec-fetch-site", "none")
         if any(origin.lower() not in own for origin in headers.getlist("origin")) or (
             site not in ("same-origin", "none") and not (is_visit and headers.get("sec-fetch-mode") == "navigate")
         ):
             raise ApiError(403, "Origin: a page of another site asks; only the server's own page may", code="origin")
-        if is_visit and self._access.is_token(QueryParams(scope["query_string"]).get("token", "")):
+        given = QueryParams(scope["query_string"]).get("token", "") if is_visit else ""
+        if given and self._access.is_token(given):
             cookie = f"{self._access.cookie}={self._access.token}; Path=/; HttpOnly; SameSite=Strict"
             return Response(_FORWARD, headers={"Set-Cookie": cookie}, media_type="text/html")
-        if scope["path"] != "/healthz" and not self._access.admits_token(headers):
+        if scope["path"] not in _OPEN_PATHS and not self._access.admits_token(headers):
+            fault = "this is not the server's token" if given else "a token is needed"
             remedy = "open the address with ?token= that the server printed, or send Authorization: Bearer TOKEN"
-            raise ApiError(401, f"a token is needed; {remedy}", code="token", headers={"WWW-Authenticate": "Bearer"})
+            raise ApiError(401, f"{fault}; {remedy}", code="token", headers={"WWW-Authenticate": "Bearer"})
         return None
 
     def _log_error(self, error: Exception) -> None:
@@ -287,6 +299,20 @@ class Guard:
         frames = traceback.extract_tb(error.__traceback__)
         places = [f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in frames[-4:]]
         self._say(f"error: {type(error).__name__} in {' > '.join(places)}; --log-requests shows its message")
+
+
+def _is_visit(scope: Scope) -> bool:
+    """Return whether a browser opens the page."""
+    return bool(scope["path"] == "/" and scope["method"] == "GET")
+
+
+def _refusal_page(error: ApiError) -> Response:
+    """Return an error as a page, with a form for the token if that is missing."""
+    needs_token = error.status == 401
+    content = _REFUSAL.format(message=html.escape(error.message), form=_TOKEN_FORM if needs_token else "")
+    policy = {"Content-Security-Policy": POLICY.replace("form-action 'none'", "form-action 'self'")}
+    headers = {**(error.headers or {}), **(policy if needs_token else {})}
+    return Response(content, error.status, headers, media_type="text/html")
 
 
 def check_token(token: str) -> str | None:

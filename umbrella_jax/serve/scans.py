@@ -213,6 +213,8 @@ class Scans:
 
     def __post_init__(self) -> None:
         self._scans = dict[str, ServedScan]()
+        self.is_cut = False
+        """Whether --data has more scans than are listed."""
         self._growing = dict[str, int]()  # {id of an upload under way: bytes so far}
         self._users = Counter[str]()  # {id: requests that need the file}
         self._leaving = dict[str, ServedScan]()  # removed, but needed until these requests end
@@ -222,7 +224,8 @@ class Scans:
         scan = self._scans.get(id)
         if scan is None or self._has_expired(scan):
             minutes = self.limits.kept_seconds / 60
-            message = f"no such scan; uploads are removed after {minutes:g} minutes: upload it again"
+            kept = f"uploads are removed after {minutes:g} minutes and when the server ends"
+            message = f"no such scan; {kept}: upload it again"
             raise ApiError(404, message, code="no_such_scan")
         return scan
 
@@ -446,6 +449,7 @@ class Scans:
                 if text := next(filter(None, user), ""):
                     questions.setdefault(path, {})[text] = None
             if len(modality) > _LISTED:
+                self.is_cut = True
                 break
         paths = list(modality)[:_LISTED]
         common = os.path.commonpath([path.absolute().parent for path in paths]) if paths else ""

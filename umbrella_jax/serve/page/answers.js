@@ -109,12 +109,15 @@ function numberFigure(numbers, unit, blank) {
     element("figcaption", {}, element("b", {}, summary), element("br"), `Probability of each number${unit ? `, in ${unit}` : ""} `, key), picture);
 }
 
-// A question with its answer. `scans` are those of the question, `open()` those that are open now.
+// A question with its answer. `scans` are those of the question, `open()` those that are open now; `ended` is the signal
+// that the conversation is over, which ends all requests about it.
 export class Answer {
-  constructor({ question, scans, body, unit, hasScans, open }) {
-    Object.assign(this, { body, unit, open, hasScans });
+  constructor({ question, scans, body, unit, hasScans, open, ended }) {
+    Object.assign(this, { question, scans, body, unit, open, hasScans, ended });
     this.result = null;
     this.blank = null;
+    this.explanation = null;
+    this.mapRows = [];
     this.stopper = new AbortController();
     this.text = element("div", { className: "answer-text", "aria-live": "polite" });
     this.blankText = element("div", { className: "answer-text" });
@@ -133,18 +136,43 @@ export class Answer {
         this.stop, this.details, this.error, this.actions, this.why));
   }
 
-  // Ask; the text of the answer, or null if it failed or was stopped.
-  async run() {
-    this.error.replaceChildren();
+  // What is saved of it.
+  toJson() {
+    const { answer, log_probability: withScan, without, method } = this.explanation ?? {};
+    return {
+      question: this.question,
+      scans: this.scans.map(({ label, modality, facts }) => ({ label, modality, name: facts.name })),
+      answer: this.result?.text ?? null,
+      ...this.result?.extra,
+      ...(this.blank && { without_the_scan: { answer: this.blank.text, ...this.blank.extra } }),
+      ...(this.explanation && { explanation: { answer, method, log_probability: withScan, log_probability_without: without } }),
+    };
+  }
+
+  // Say on the buttons of the maps what they do now.
+  update() {
+    this.mapRows.forEach(({ update }) => update());
+  }
+
+  async #stream(body, place) {
+    this.stopper = new AbortController();
     this.stop.hidden = false;
     try {
-      this.result = await streamAnswer(this.body, this.text, this.stopper.signal);
-    } catch (error) {
-      if (error.name === "AbortError") this.text.append(element("small", { className: "cut" }, "Stopped."));
-      else throw error;
-      return null;
+      return await streamAnswer(body, place, AbortSignal.any([this.stopper.signal, this.ended]));
     } finally {
       this.stop.hidden = true;
+    }
+  }
+
+  // Ask; the text of the answer, or null if it was stopped.
+  async run() {
+    this.error.replaceChildren();
+    try {
+      this.result = await this.#stream(this.body, this.text);
+    } catch (error) {
+      if (error.name !== "AbortError") throw error;
+      this.text.append(element("small", { className: "cut" }, "Stopped. The conversation goes on without it."));
+      return null;
     }
     this.#show();
     this.#offer();
@@ -175,29 +203,31 @@ export class Answer {
     this.error.replaceChildren();
     const body = { ...this.body, umbrella: { ...this.body.umbrella, control: "blank" } };
     try {
-      this.blank = await streamAnswer(body, this.blankText, undefined);
+      this.blank = await this.#stream(body, this.blankText);
       this.#show();
       announce(`Without the scan the answer is: ${this.blank.text}`);
       control.remove();
       keepFocus(this.blankBox);
     } catch (error) {
       this.blankBox.hidden = true;
-      showError(this.error, error, () => this.#askBlank(control));
       control.disabled = false;
+      if (error.name === "AbortError") keepFocus(control);
+      else showError(this.error, error, () => this.#askBlank(control));
     }
   }
 
   async #explain(method, start) {
     const stopper = new AbortController();
     const meter = element("progress", { max: 1, "aria-label": "Progress of the explanation" });
-    const state = element("output", { className: "small" }, "Waiting for its turn…");
+    const state = element("span", { className: "small" }, "Waiting for its turn…");
     const cancel = button("Cancel", () => stopper.abort());
     this.why.hidden = false;
     this.why.replaceChildren(element("h4", {}, "Why"), element("div", { className: "row" }, meter, state, cancel));
     start.disabled = true;
     const { model, messages } = this.body;
     try {
-      for await (const event of streamEvents("/v1/explain", { model, messages, answer: this.result.text, method }, stopper.signal)) {
+      const signal = AbortSignal.any([stopper.signal, this.ended]);
+      for await (const event of streamEvents("/v1/explain", { model, messages, answer: this.result.text, method }, signal)) {
         if (event.total) {
           Object.assign(meter, { max: event.total, value: event.done });
           state.textContent = `${event.done} of ${event.total} steps`;
@@ -218,11 +248,12 @@ export class Answer {
 
   async #showExplanation(explanation, method) {
     const { log_probability: withScan, without, maps } = explanation;
+    this.explanation = { ...explanation, method };
     const effect = withScan - without;
     const times = Math.exp(Math.abs(effect));
     const sentence = `With the scans, this answer is ${times > 1000 ? "more than 1000" : Number(times.toPrecision(2))} times `
       + `${effect < 0 ? "less" : "more"} likely than without them (${effect < 0 ? "−" : "+"}${shortNumber(Math.abs(effect))} ${UNIT}).`;
-    const rows = maps.map((map) => this.#mapRow(map, method));
+    const rows = this.mapRows = maps.map((map) => this.#mapRow(map, method));
     this.why.replaceChildren(element("h4", {}, "Why"), element("p", {}, sentence),
       element("p", { className: "small" }, `${METHODS[method].says} Red raises the likelihood of the answer, blue lowers it. `
         + "A map shows what this model used; it is no evidence about the patient."),
@@ -240,7 +271,6 @@ export class Answer {
     const toggle = button("", async () => {
       const target = scan();
       if (target) await target.showMap(target.map === url ? null : { url, unit: map.unit ?? `${UNIT} per voxel` });
-      update();
     });
     const update = () => {
       const target = scan();
@@ -249,11 +279,8 @@ export class Answer {
       status.textContent = target ? "" : "open the scan to see it";
     };
     const link = element("a", { href: url, download: `why_${method}_${label.replace(/\W+/g, "_")}.nii.gz` }, "Download as NIfTI");
-    const show = async () => {
-      await scan()?.showMap({ url, unit: map.unit ?? `${UNIT} per voxel` });
-      update();
-    };
+    const show = () => scan()?.showMap({ url, unit: map.unit ?? `${UNIT} per voxel` });
     update();
-    return { row: element("li", {}, toggle, " ", link, " ", status), show };
+    return { row: element("li", {}, toggle, " ", link, " ", status), show, update };
   }
 }

@@ -2,10 +2,9 @@
 
 // A request that failed: what is wrong, and what to do about it.
 export class ServerError extends Error {
-  constructor(message, { remedy = "", status = 0 } = {}) {
+  constructor(message, { remedy = "", status = 0, code = "" } = {}) {
     super(message);
-    this.remedy = remedy;
-    this.status = status;
+    Object.assign(this, { remedy, status, code });
   }
 }
 
@@ -22,7 +21,7 @@ async function errorOf(answer) {
   const message = body.error?.message ?? `The server answered ${answer.status} ${answer.statusText}`.trim();
   const wait = answer.headers.get("Retry-After");
   const remedy = answer.status === 429 && wait ? `The server is busy. Try again in ${wait} s.` : REMEDIES[answer.status];
-  return new ServerError(message, { remedy, status: answer.status });
+  return new ServerError(message, { remedy, status: answer.status, code: body.error?.code });
 }
 
 async function request(path, options = {}) {
@@ -39,6 +38,12 @@ async function request(path, options = {}) {
 
 export async function getJson(path) {
   return (await request(path)).json();
+}
+
+// The scans that the server has, and whether it lists only some of them.
+export async function listScans() {
+  const answer = await request("/api/scans");
+  return { known: await answer.json(), isCut: answer.headers.get("Umbrella-List-Is-Cut") === "true" };
 }
 
 export async function getBytes(path) {
@@ -61,10 +66,11 @@ export async function* streamEvents(path, body, signal) {
     method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body), signal,
   });
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+  const broken = () => new ServerError("The answer broke off.", { remedy: "Check that `umbrella-jax serve` is still running, and ask again." });
   let rest = "";
   try {
     for (;;) {
-      const { value, done } = await reader.read();
+      const { value, done } = await reader.read().catch((error) => { throw error.name === "AbortError" ? error : broken(); });
       if (done) break;
       const events = (rest + value).split("\n\n");
       rest = events.pop();
@@ -79,5 +85,5 @@ export async function* streamEvents(path, body, signal) {
   } finally {
     reader.cancel().catch(() => {});
   }
-  throw new ServerError("The answer broke off.", { remedy: "Check that `umbrella-jax serve` is still running, and ask again." });
+  throw broken();
 }

@@ -1,7 +1,7 @@
 // The scans that are open: each in a panel, with its modality, what the model sees of it, and maps laid over it.
 
-import { announce, button, byId, element, showError } from "/static/elements.js";
-import { deleteScan, getBytes, getJson, ServerError, uploadScan } from "/static/requests.js";
+import { announce, button, byId, element, keepFocus, showError } from "/static/elements.js";
+import { deleteScan, getBytes, listScans, ServerError, uploadScan } from "/static/requests.js";
 
 const MOST_OPEN = 8; // browsers draw in at most 16 canvases with WebGL
 
@@ -12,6 +12,8 @@ class OpenScan {
     this.modality = facts.modality ?? "";
     this.isIncluded = true;
     this.isSeen = false;
+    this.isGone = false; // from the server
+    this.isClosed = false;
     this.window = 0;
     this.map = null;
     this.label = `Scan ${number}`;
@@ -58,7 +60,10 @@ class OpenScan {
     this.menu.addEventListener("change", () => this.setModality(this.menu.value));
     this.guess = element("p", { className: "guess", hidden: !guess || Boolean(this.modality) });
     if (guess) {
-      const confirm = button(`Yes, ${guess.modality}`, () => this.setModality(guess.modality), { className: "primary" });
+      const confirm = button(`Yes, ${guess.modality}`, () => {
+        this.setModality(guess.modality);
+        keepFocus(this.menu);
+      }, { className: "primary" });
       this.guess.append(`Probably ${guess.modality}: ${guess.reason}. `, confirm);
     }
     const source = this.facts.modality ? element("span", { className: "small" }, "as in the data") : null;
@@ -107,7 +112,7 @@ class OpenScan {
     }
     this.error.replaceChildren();
     this.isSeen = isSeen;
-    this.map = null;
+    this.#setMap(null);
     this.viewButtons.forEach((one, i) => one.setAttribute("aria-pressed", String(Boolean(i) === isSeen)));
     const config = this.modalities.find(({ name }) => name === this.modality);
     this.windowLabel.hidden = !isSeen || config.ndim !== 4;
@@ -119,21 +124,53 @@ class OpenScan {
     const id = encodeURIComponent(this.facts.id);
     const query = new URLSearchParams({ modality: this.modality, window: String(this.window) });
     const volume = { bytes: await getBytes(isSeen ? `/api/scans/${id}/seen?${query}` : `/api/scans/${id}/file`) };
-    if (this.panel) await this.panel.setVolume(volume);
-    else this.panel = await openPanel(this.host, { title: `${this.label}: ${this.facts.name}`, volume });
+    if (this.isClosed) return;
+    if (this.panel) {
+      await this.panel.setVolume(volume);
+      return;
+    }
+    const panel = await openPanel(this.host, { title: `${this.label}: ${this.facts.name}`, volume }).catch((error) => {
+      const remedy = error.message.includes("WebGL")
+        ? "You can ask about the scan all the same. To see it, turn hardware acceleration on, or use another browser."
+        : "The file may be damaged; `umbrella-jax data validate` says more.";
+      throw new ServerError(`Not shown: ${error.message}`, { remedy });
+    });
+    if (this.isClosed) panel.close(); // while it opened
+    else this.panel = panel;
   }
 
   // Lay a map over the file; null removes it.
   async showMap(map) {
+    if (!map && !this.map) return;
     if (map && (this.isSeen || !this.panel)) await this.show(false);
-    this.map = map?.url ?? null;
     this.waiting = this.waiting.then(async () => {
-      await this.panel?.setOverlay(map && { bytes: await getBytes(map.url), unit: map.unit });
+      const overlay = map && { bytes: await getBytes(map.url), unit: map.unit };
+      if (!this.panel || this.isClosed) return;
+      await this.panel.setOverlay(overlay);
+      this.#setMap(map?.url ?? null);
     }).catch((error) => showError(this.error, error));
     await this.waiting;
   }
 
+  #setMap(url) {
+    if (this.map === url) return;
+    this.map = url;
+    this.changed();
+  }
+
+  // The server no longer has it: it can be looked at, but not be asked about.
+  setGone() {
+    if (this.isGone) return;
+    this.isGone = true;
+    this.isIncluded = false;
+    showError(this.error, new ServerError("The server no longer has this scan, so you cannot ask about it.", {
+      remedy: "Uploads are removed after an hour, and when the server ends. Close it, and open it again.",
+    }));
+    this.changed();
+  }
+
   close() {
+    this.isClosed = true;
     this.panel?.close();
     this.card.remove();
   }
@@ -144,14 +181,16 @@ export class Scans {
   #modalities;
   #changed;
   #known = [];
+  #isCut = false; // whether --data has more scans than the server lists
   #count = 0;
+  #uploading = Promise.resolve();
 
   constructor(modalities, changed) {
     this.#modalities = modalities;
     this.#changed = changed;
     this.open = [];
     byId("files").addEventListener("change", (event) => {
-      this.#upload([...event.target.files]);
+      this.#enqueue([...event.target.files]);
       event.target.value = "";
     });
     byId("search").addEventListener("input", () => this.#list());
@@ -159,16 +198,31 @@ export class Scans {
     byId("known").addEventListener("dblclick", () => this.#openKnown());
     byId("known").addEventListener("keydown", (event) => { if (event.key === "Enter") this.#openKnown(); });
     byId("show-known").addEventListener("click", () => this.#openKnown());
+    byId("search").addEventListener("keydown", (event) => {
+      if (event.key !== "Enter" || byId("known").length !== 1) return;
+      byId("known").selectedIndex = 0;
+      this.#openKnown();
+    });
+    // Another tab may have changed the list, and time removes uploads.
+    document.addEventListener("visibilitychange", () => document.hidden || this.refresh());
     this.#acceptDrops();
   }
 
-  // Fetch the list of scans that the server has.
+  // Fetch the list of scans that the server has, and mark open scans that it no longer has.
   async refresh() {
+    const [status, errors] = [byId("upload-status"), byId("upload-errors")];
+    const waiting = setTimeout(() => { status.textContent = "Reading the list of scans on the server…"; }, 500);
     try {
-      this.#known = await getJson("/api/scans");
+      const { known, isCut } = await listScans();
+      [this.#known, this.#isCut] = [known, isCut];
       this.#list();
+      const ids = new Set(known.map(({ id }) => id));
+      this.open.filter(({ facts }) => !ids.has(facts.id)).forEach((scan) => scan.setGone());
     } catch (error) {
-      showError(byId("upload-errors"), error, () => this.refresh());
+      showError(errors, error, () => this.refresh());
+    } finally {
+      clearTimeout(waiting);
+      if (status.textContent.startsWith("Reading the list")) status.textContent = "";
     }
   }
 
@@ -188,8 +242,12 @@ export class Scans {
       if (!hasFiles(event)) return;
       event.preventDefault();
       mark(-depth);
-      this.#upload([...event.dataTransfer.files]);
+      this.#enqueue([...event.dataTransfer.files]);
     });
+  }
+
+  #enqueue(files) {
+    this.#uploading = this.#uploading.then(() => this.#upload(files));
   }
 
   async #upload(files) {
@@ -217,11 +275,13 @@ export class Scans {
     const words = byId("search").value.toLowerCase().split(/\s+/).filter(Boolean);
     const closed = this.#known.filter(({ id }) => !this.open.some((scan) => scan.facts.id === id));
     const matching = closed.filter(({ name }) => words.every((word) => name.toLowerCase().includes(word)));
-    const options = matching.map(({ id, name, modality }) => element("option", { value: id }, `${name} · ${modality ?? "uploaded"}`));
+    const options = matching.map(({ id, name, modality, shape }) => element("option", { value: id },
+      `${name} · ${modality ?? "uploaded"}${shape ? "" : " · cannot be read"}`));
     byId("known").replaceChildren(...options);
     byId("choose").hidden = !this.#known.length;
     byId("show-known").disabled = true;
-    byId("known-count").textContent = `${matching.length} of ${closed.length}`;
+    byId("known-count").textContent = `${matching.length} of ${closed.length}`
+      + (this.#isCut ? "; the data has more scans, which are not listed: serve a smaller file" : "");
   }
 
   #openKnown() {
@@ -234,6 +294,7 @@ export class Scans {
       this.add(facts);
       byId("search").value = "";
       this.#list();
+      keepFocus(byId("search"));
     } catch (error) {
       showError(errors, error);
     }

@@ -1,0 +1,75 @@
+"""The facts about a run that the page shows, and what it says about those that are missing."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.served import Served
+from tests.helpers.small_run import read_config, write_config
+from umbrella_jax.checkpoints.checkpoint import Checkpoint
+from umbrella_jax.run.record import read_training_records
+from umbrella_jax.serve.description import ModelDescription, describe_model
+
+
+def describe(run: Path, data: Path | None = None) -> ModelDescription:
+    checkpoint = Checkpoint.open(run).answering()
+    return describe_model(checkpoint, read_training_records(checkpoint), data)
+
+
+@pytest.fixture
+def run(served: Served, tmp_path: Path) -> Path:
+    """A run that was started in `tmp_path` with relative paths."""
+    run = shutil.copytree(served.run, tmp_path / "runs" / "sex")
+    shutil.copy(served.run.parent / "train.json", tmp_path)
+    config = read_config(run / "config.yaml")
+    config["data"] |= {"train": "train.json", "image_root": "scans"}
+    write_config(run / "config.yaml", config | {"output_dir": "runs/sex"})
+    return run
+
+
+def test_relative_paths_of_a_run_start_where_it_was_started(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    for folder in (tmp_path, tmp_path / "elsewhere"):
+        monkeypatch.chdir(folder)
+        tasks = {task.name: task for task in describe(run).tasks}
+        assert {name: task.questions for name, task in tasks.items()} == {
+            "T0": ("Does an ox have two brains?",),
+            "T1": ("Which sex?", "Awake?"),
+            "T3": ("And this?",),
+        }
+        assert [tasks[name].shape for name in tasks] == [(1, 0), (1, 1), (2, 2)]
+        assert tasks["T1"].task is not None
+
+
+def test_says_which_file_is_missing_and_what_is_lost(served: Served, run: Path, tmp_path: Path) -> None:
+    original = tmp_path / "train.json"
+    copied = shutil.copy(original, tmp_path / "copied.json")
+    (gap,) = describe(run).gaps
+    assert gap.to_json() == {
+        "effect": "measured accuracies",
+        "reason": "sex: the run had no evaluation data (data.eval)",
+    }
+
+    original.write_text(original.read_text().replace("Which sex?", "Which?"))
+    assert "train.json: has changed since" in describe(run).gaps[0].reason
+    original.unlink()
+    description = describe(run)
+    assert description.gaps[0].effect == "the tasks' questions"
+    assert description.gaps[0].reason.startswith("data.train of the run: train.json: not found")
+    assert description.tasks == ()
+
+    # other conversations do not take their place; the same ones do, wherever they are
+    assert describe(run, served.run.parent / "eval.json").tasks == ()
+    found = describe(run, copied)
+    assert {task.name for task in found.tasks} == {"T0", "T1", "T3"}
+    assert [gap.effect for gap in found.gaps] == ["measured accuracies"]
+
+    (run / "counts.json").unlink()
+    (run / "inputs.json").unlink()
+    gaps = {gap.effect: gap for gap in describe(run, copied).gaps}
+    assert "counts.json: not found" in gaps["the number of subjects and conversations"].reason
+    assert str(run / "inputs.json") in gaps["the tasks' questions"].reason
+    assert str(tmp_path) not in str([gap.to_json() for gap in gaps.values()])
