@@ -192,7 +192,10 @@ def test_the_command_serves_a_run_and_the_scans_of_its_data(served: Served, monk
     printed, missing = said("serve", served.run, "--data", world / "eval.json", *flags)
     lines = printed.splitlines()
     assert "missing on the page: measured accuracies: " in missing
-    assert [gap["effect"] for gap in results["model"]["gaps"]] == ["measured accuracies"]
+    assert [gap["effect"] for gap in results["model"]["gaps"]] == [
+        "measured accuracies",
+        "the number of subjects",
+    ]
     assert lines[-2].startswith("http://127.0.0.1:")
     assert results["model"]["id"] == served.model
     first = results["scans"][0]

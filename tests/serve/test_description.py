@@ -47,10 +47,10 @@ def test_relative_paths_of_a_run_start_where_it_was_started(
 def test_says_which_file_is_missing_and_what_is_lost(served: Served, run: Path, tmp_path: Path) -> None:
     original = tmp_path / "train.json"
     copied = shutil.copy(original, tmp_path / "copied.json")
-    (gap,) = describe(run).gaps
-    assert gap.to_json() == {
-        "effect": "measured accuracies",
-        "reason": "sex: the run had no evaluation data (data.eval)",
+    assert {gap["effect"]: gap["reason"] for gap in (gap.to_json() for gap in describe(run).gaps)} == {
+        "measured accuracies": "sex: the run had no evaluation data (data.eval)",
+        "the number of subjects": "the run's conversations name no subject; add metadata.subject_id to them for the "
+        "next run",
     }
 
     original.write_text(original.read_text().replace("Which sex?", "Which?"))
@@ -65,7 +65,7 @@ def test_says_which_file_is_missing_and_what_is_lost(served: Served, run: Path, 
     assert describe(run, served.run.parent / "eval.json").tasks == ()
     found = describe(run, copied)
     assert {task.name for task in found.tasks} == {"T0", "T1", "T3"}
-    assert [gap.effect for gap in found.gaps] == ["measured accuracies"]
+    assert [gap.effect for gap in found.gaps] == ["measured accuracies", "the number of subjects"]
 
     (run / "counts.json").unlink()
     (run / "inputs.json").unlink()

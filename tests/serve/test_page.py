@@ -65,6 +65,7 @@ def pixels(tab: Tab, stage: int, out: Path) -> np.ndarray:
 def test_scans_are_asked_about_and_the_answer_is_laid_over_them(tab: Tab, served: Served, tmp_path: Path) -> None:
     run = served.scan.with_name("run-0.nii")
     drop(tab, copy(served.scan, tmp_path / NAME), run)
+    assert tab.text("#gaps strong") == "measured accuracies"
     assert tab.text(".open-scan .name") == NAME
     assert tab.evaluate("document.querySelectorAll('main img').length") == 0
 

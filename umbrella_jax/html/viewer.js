@@ -61,7 +61,11 @@ async function readBytes(source) {
 
 async function readVolume(source) {
   const bytes = await readBytes(source);
-  return niivue.NVImage.new(bytes, source.name ?? "scan.nii", "gray", 1, null, NaN, NaN, true, 0.005);
+  try {
+    return await niivue.NVImage.new(bytes, source.name ?? "scan.nii", "gray", 1, null, NaN, NaN, true, 0.005);
+  } catch (error) {
+    throw new Error("this is no NIfTI file, or a damaged one", { cause: error });
+  }
 }
 
 // The value that gets full colour if the overlay names none: the 99th percentile of the sizes that are not 0.
@@ -420,7 +424,7 @@ class Panel {
     const mm = this.#mm();
     const values = nv.volumes.map((one) => one.getValue(...one.mm2vox(mm), one.frame4D));
     const place = this.isOriented
-      ? `x, y, z: ${mm.map((at) => at.toFixed(1)).join(", ")} mm${this.origin && ` from ${this.origin}`}`
+      ? `x, y, z: ${mm.map((at) => at.toFixed(1).replace(/^-0\.0$/, "0.0")).join(", ")} mm${this.origin && ` from ${this.origin}`}`
       : "orientation unknown: the file does not say which side is which";
     const shown = values.map((value, i) => `${i ? "map" : "value"} ${shortNumber(value)}${i ? ` ${this.#overlay.unit}` : ""}`);
     this.#readout.textContent = [place, ...shown].join(" · ").trim();

@@ -38,7 +38,7 @@ _QUESTIONS = 20
 
 
 @dataclass(frozen=True)
-class Gap:
+class MissingFact:
     """A part of the description that is missing."""
 
     effect: str
@@ -111,7 +111,7 @@ class ModelDescription:
     untrained: frozenset[str]
     """Modalities that the model may not answer about."""
     tasks: tuple[ServedTask, ...]
-    gaps: tuple[Gap, ...] = ()
+    gaps: tuple[MissingFact, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return the answer to GET /api/model."""
@@ -174,7 +174,10 @@ def describe_model(
         tasks, gaps = _tasks_of_run(run, records[-1], data)
         if counts is None:
             reason = f"{run.path / COUNTS}: not found; copy it from the run, if the run has one"
-            gaps.append(Gap("the number of subjects and conversations", reason, (run.path,)))
+            gaps.append(MissingFact("the number of subjects and conversations", reason, (run.path,)))
+        elif not counts.get("train", {}).get("subjects"):
+            reason = "the run's conversations name no subject; add metadata.subject_id to them for the next run"
+            gaps.append(MissingFact("the number of subjects", reason))
     else:
         tasks, gaps = _tasks_of_card(checkpoint.description / CARD)
     train = (counts or {}).get("train", {})
@@ -194,7 +197,7 @@ def describe_model(
 
 def _tasks_of_run(
     run: RunCheckpoint, record: TrainingRecord, data: str | Path | None
-) -> tuple[tuple[ServedTask, ...], list[Gap]]:
+) -> tuple[tuple[ServedTask, ...], list[MissingFact]]:
     """Return the tasks of a run's conversations and predictions, and what is missing of them."""
     config = load_run_config(run.path)
     conversations, gaps = _conversations(run, config, data)
@@ -215,9 +218,9 @@ def _tasks_of_run(
         if rows:
             tasks = tasks_of(rows, config.evaluation.tasks)
     except UmbrellaError as error:
-        gaps.append(Gap("answers to compare of the tasks", _first_fault(error), (run.path,)))
+        gaps.append(MissingFact("answers to compare of the tasks", _first_fault(error), (run.path,)))
     if record.why_no_metrics:
-        gaps.append(Gap("measured accuracies", record.why_no_metrics.split("\n")[0], (run.path,)))
+        gaps.append(MissingFact("measured accuracies", record.why_no_metrics.split("\n")[0], (run.path,)))
     figures = defaultdict[str, dict[str, Any]](dict)
     for figure in record.metrics or ():
         interval = None if figure.low is None else [figure.low, figure.high]
@@ -239,7 +242,7 @@ def _tasks_of_run(
 
 def _conversations(
     run: RunCheckpoint, config: RunConfig, data: str | Path | None
-) -> tuple[Sequence[Conversation], list[Gap]]:
+) -> tuple[Sequence[Conversation], list[MissingFact]]:
     """Return the evaluation data of a run or else its training data, as the run read them, and what is missing."""
     questions = "the tasks' questions"
     recorded = {"data.eval": config.data.eval, "--data": data, "data.train": config.data.train}
@@ -249,7 +252,7 @@ def _conversations(
     try:
         known = {digest for _, digest in load_stored_inputs(run.path / INPUTS, "copy it from the run")["conversations"]}
     except UmbrellaError as error:
-        return (), [Gap(questions, _first_fault(error), paths)]
+        return (), [MissingFact(questions, _first_fault(error), paths)]
     reasons = list[str]()
     for name, path in named.items():
         try:
@@ -264,8 +267,10 @@ def _conversations(
         if not reasons or name == "--data":
             return conversations, []
         reason = f"{'; '.join(reasons)}; bring it back, or name a copy with --data"
-        return conversations, [Gap(f"{questions} in the evaluation data; those of data.train are shown", reason, paths)]
-    return (), [Gap(questions, f"{'; '.join(reasons)}; bring one back, or name a copy with --data", paths)]
+        return conversations, [
+            MissingFact(f"{questions} in the evaluation data; those of data.train are shown", reason, paths)
+        ]
+    return (), [MissingFact(questions, f"{'; '.join(reasons)}; bring one back, or name a copy with --data", paths)]
 
 
 def _first_fault(error: UmbrellaError) -> str:
@@ -273,10 +278,14 @@ def _first_fault(error: UmbrellaError) -> str:
     return error.faults[0] + (f" (and {more} more)" if more else "")
 
 
-def _tasks_of_card(card: Path) -> tuple[tuple[ServedTask, ...], list[Gap]]:
+def _tasks_of_card(card: Path) -> tuple[tuple[ServedTask, ...], list[MissingFact]]:
     """Return the tasks with metrics in the model card of an export, and what the card does not record."""
     remedy = "serve the run itself to have them"
-    gaps = [Gap("the tasks' questions and answers, and the number of subjects", f"only a run records them; {remedy}")]
+    gaps = [
+        MissingFact(
+            "the tasks' questions and answers, and the number of subjects", f"only a run records them; {remedy}"
+        )
+    ]
     text = card.read_text(encoding="utf-8") if card.is_file() else ""
     front = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
     figures = defaultdict[str, dict[str, Any]](dict)
@@ -288,5 +297,5 @@ def _tasks_of_card(card: Path) -> tuple[tuple[ServedTask, ...], list[Gap]]:
                 figures[name][metric["type"]] = own | {"interval": None, "chance": None, "n": None}
     if not figures:
         reason = f"{card}: {'states none' if card.is_file() else 'not found'}; {remedy}"
-        gaps.append(Gap("measured accuracies", reason, (card,)))
+        gaps.append(MissingFact("measured accuracies", reason, (card,)))
     return tuple(ServedTask(name, metric=own[headline(list(own))]) for name, own in figures.items()), gaps

@@ -35,9 +35,10 @@ export function announce(text) {
   byId("announcer").textContent = text;
 }
 
-// Give the focus to an element if the one that had it is gone or disabled.
+// Give the focus to an element if the one that had it is gone, hidden or disabled.
 export function keepFocus(place) {
-  if (document.activeElement === document.body) place.focus({ preventScroll: true });
+  const { activeElement: active, body } = document;
+  if (active === body || active.disabled || !active.checkVisibility()) place.focus({ preventScroll: true });
 }
 
 // Show an error where it happened, with a button that tries again if `retry` is given.

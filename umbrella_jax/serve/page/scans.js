@@ -37,8 +37,8 @@ class OpenScan {
     if (shape) parts.push(`${shape.join(" × ")} voxels`);
     if (zooms) parts.push(`${zooms.slice(0, 3).map((mm) => Number(mm.toFixed(2))).join(" × ")} mm`);
     if (frames > 1) parts.push(`${frames} frames${tr ? `, one each ${Number(tr.toFixed(3))} s` : ""}`);
-    parts.push(orientation ? `axes to ${orientation}` : "orientation unknown");
-    return parts.join(" · ");
+    if (shape) parts.push(orientation ? `axes to ${orientation}` : "orientation unknown");
+    return parts.join(" · ") || "The server cannot read this file.";
   }
 
   #warn() {
@@ -132,7 +132,7 @@ class OpenScan {
     const panel = await openPanel(this.host, { title: `${this.label}: ${this.facts.name}`, volume }).catch((error) => {
       const remedy = error.message.includes("WebGL")
         ? "You can ask about the scan all the same. To see it, turn hardware acceleration on, or use another browser."
-        : "The file may be damaged; `umbrella-jax data validate` says more.";
+        : "Copy the file again; `umbrella-jax data validate` says more.";
       throw new ServerError(`Not shown: ${error.message}`, { remedy });
     });
     if (this.isClosed) panel.close(); // while it opened
@@ -214,6 +214,7 @@ export class Scans {
     const waiting = setTimeout(() => { status.textContent = "Reading the list of scans on the server…"; }, 500);
     try {
       const { known, isCut } = await listScans();
+      known.sort((a, b) => a.uploaded - b.uploaded || a.name.localeCompare(b.name, "en", { numeric: true }));
       [this.#known, this.#isCut] = [known, isCut];
       this.#list();
       const ids = new Set(known.map(({ id }) => id));
@@ -274,11 +275,11 @@ export class Scans {
   #list() {
     const words = byId("search").value.toLowerCase().split(/\s+/).filter(Boolean);
     const closed = this.#known.filter(({ id }) => !this.open.some((scan) => scan.facts.id === id));
-    const matching = closed.filter(({ name }) => words.every((word) => name.toLowerCase().includes(word)));
-    const options = matching.map(({ id, name, modality, shape }) => element("option", { value: id },
-      `${name} · ${modality ?? "uploaded"}${shape ? "" : " · cannot be read"}`));
+    const title = ({ name, modality, shape }) => `${modality ?? "uploaded"}${shape ? "" : ", cannot be read"} · ${name}`;
+    const matching = closed.filter((facts) => words.every((word) => title(facts).toLowerCase().includes(word)));
+    const options = matching.map((facts) => element("option", { value: facts.id }, title(facts)));
     byId("known").replaceChildren(...options);
-    byId("choose").hidden = !this.#known.length;
+    byId("choose").hidden = !closed.length;
     byId("show-known").disabled = true;
     byId("known-count").textContent = `${matching.length} of ${closed.length}`
       + (this.#isCut ? "; the data has more scans, which are not listed: serve a smaller file" : "");
@@ -294,7 +295,7 @@ export class Scans {
       this.add(facts);
       byId("search").value = "";
       this.#list();
-      keepFocus(byId("search"));
+      keepFocus(byId("choose").hidden ? byId("files") : byId("search"));
     } catch (error) {
       showError(errors, error);
     }

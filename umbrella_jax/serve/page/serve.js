@@ -248,6 +248,7 @@ async function showAskError(error, answer, text) {
   if (error.code === "model_not_found") error.remedy = "The server was started again with another model: reload this page.";
   // without the scan, the same question would mean something else
   showError(answer.error, error, ["no_such_scan", "model_not_found"].includes(error.code) ? null : again);
+  answer.item.scrollIntoView({ block: "nearest" });
   if (error.code === "no_such_scan") await scans.refresh();
 }
 
