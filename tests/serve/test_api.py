@@ -191,7 +191,7 @@ def test_the_command_serves_a_run_and_the_scans_of_its_data(served: Served, monk
     flags = ["--image-root", world / "scans", "--port", 0, "--batch-size", 4, "--max-new-tokens", 8]
     printed, missing = said("serve", served.run, "--data", world / "eval.json", *flags)
     lines = printed.splitlines()
-    assert "missing on the page: measured accuracies: " in missing
+    assert "missing on the page: measured accuracies:" in missing
     assert [gap["effect"] for gap in results["model"]["gaps"]] == [
         "measured accuracies",
         "the number of subjects",
