@@ -286,10 +286,20 @@ def test_numbers_are_shown_as_their_distribution(tab: Tab, served: Served) -> No
 
 
 def test_a_browser_without_webgl_can_ask_all_the_same(tab: Tab, served: Served) -> None:
-    tab.call("Page.addScriptToEvaluateOnNewDocument", source="HTMLCanvasElement.prototype.getContext = () => null")
+    # and a list of scans that arrives late, after an upload that it does not contain
+    source = """HTMLCanvasElement.prototype.getContext = () => null;
+      const plain = fetch;
+      window.fetch = async (path, options) => {
+        const answer = await plain(path, options);
+        if (path === "/api/scans" && !options.method) await new Promise((late) => setTimeout(late, 1000));
+        window.hasList ||= path === "/api/scans" && !options.method;
+        return answer;
+      };"""
+    tab.call("Page.addScriptToEvaluateOnNewDocument", source=source)
     tab.go(served.url)
     tab.wait("document.querySelector('#facts dd')")
     tab.drop_files("#drop", served.scan)
+    tab.wait("window.hasList && document.querySelector('.open-scan .alert')")
     assert "no WebGL 2" in tab.wait("document.querySelector('.open-scan > [role=alert]')?.textContent")
     tab.click(".guess button")
     ask(tab, "Which sex?")

@@ -211,14 +211,16 @@ export class Scans {
   // Fetch the list of scans that the server has, and mark open scans that it no longer has.
   async refresh() {
     const [status, errors] = [byId("upload-status"), byId("upload-errors")];
+    const before = new Set(this.#known.map(({ id }) => id)); // what is uploaded from now on may be missing in the list
     const waiting = setTimeout(() => { status.textContent = "Reading the list of scans on the server…"; }, 500);
     try {
       const { known, isCut } = await listScans();
       known.sort((a, b) => a.uploaded - b.uploaded || a.name.localeCompare(b.name, "en", { numeric: true }));
-      [this.#known, this.#isCut] = [known, isCut];
-      this.#list();
       const ids = new Set(known.map(({ id }) => id));
-      this.open.filter(({ facts }) => !ids.has(facts.id)).forEach((scan) => scan.setGone());
+      this.#known = [...known, ...this.#known.filter(({ id }) => !before.has(id) && !ids.has(id))];
+      this.#isCut = isCut;
+      this.#list();
+      this.open.filter(({ facts: { id } }) => before.has(id) && !ids.has(id)).forEach((scan) => scan.setGone());
     } catch (error) {
       showError(errors, error, () => this.refresh());
     } finally {
