@@ -28,8 +28,13 @@ from umbrella_jax.serve.listen import Server, bind
 from umbrella_jax.serve.openai_api import model_routes
 from umbrella_jax.serve.scans import UploadLimits, open_scans
 
-_AGES = tuple(f"{age} years." for age in range(20, 90))
-AGE = Task("regression", (), unit="years", numbers=NumberGrid(tuple(map(float, range(20, 90))), _AGES, _AGES))
+_AGES = tuple(map(str, range(20, 90)))
+AGE = Task(
+    "regression",
+    (),
+    unit="years",
+    numbers=NumberGrid(tuple(map(float, _AGES)), tuple(f"{age}." for age in _AGES), _AGES),
+)
 """A task of numbers that the server offers beside those of the run."""
 
 

@@ -1,12 +1,13 @@
 """The facts about a run that the page shows, and what it says about those that are missing."""
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 
 from tests.helpers.served import Served
-from tests.helpers.small_run import read_config, write_config
+from tests.helpers.small_run import read_config, umbrella, write_config, write_json
 from umbrella_jax.checkpoints.checkpoint import Checkpoint
 from umbrella_jax.run.record import read_training_records
 from umbrella_jax.serve.description import ModelDescription, describe_model
@@ -73,3 +74,23 @@ def test_says_which_file_is_missing_and_what_is_lost(served: Served, run: Path, 
     assert "counts.json: not found" in gaps["the number of subjects and conversations"].reason
     assert str(run / "inputs.json") in gaps["the tasks' questions"].reason
     assert str(tmp_path) not in str([gap.to_json() for gap in gaps.values()])
+
+
+def test_an_export_is_described_by_what_it_states_about_its_training(served: Served, tmp_path: Path) -> None:
+    export = tmp_path / "export"
+    umbrella("convert", "to-hf", served.run, export)
+    gaps = {gap.effect for gap in describe(export).gaps}
+    assert gaps == {"the tasks' questions and answers", "measured accuracies"}
+    file = export / "umbrella_config.json"
+    stated = json.loads(file.read_text())
+    accuracy = {"value": 0.9, "interval": [0.8, 1.0], "chance": 0.5, "answers": "about 120"}
+    write_json(
+        file, stated | {"training": stated["training"] | {"subjects": 40, "tasks": {"sex": {"accuracy": accuracy}}}}
+    )
+    description = describe(export)
+    (task,) = description.tasks
+    assert task.metric == {"name": "accuracy", "value": 0.9, "interval": [0.8, 1.0], "chance": 0.5, "n": "about 120"}
+    assert (description.step, description.subjects) == (stated["training"]["step"], 40)
+    assert [gap.effect for gap in description.gaps] == ["the tasks' questions and answers"]
+    write_json(file, {key: value for key, value in stated.items() if key != "training"})
+    assert "states nothing about training" in describe(export).gaps[1].reason

@@ -1,15 +1,13 @@
 """Describe a served model: its training data, the quality of its answers, and its tasks."""
 
-import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from convert.export_config import CARD
+from convert.config_json import UMBRELLA_CONFIG, stored_training
 from convert.model_card import TrainingRecord
 from umbrella_jax.checkpoints.checkpoint import Checkpoint, RunCheckpoint
 from umbrella_jax.config.schema import ModalityConfig, RunConfig, aliases_of
@@ -22,7 +20,7 @@ from umbrella_jax.data.conversation import (
 )
 from umbrella_jax.data.inputs import load_stored_inputs
 from umbrella_jax.errors import UmbrellaError
-from umbrella_jax.io.reading import parse_yaml, sha256
+from umbrella_jax.io.reading import sha256
 from umbrella_jax.rundir import COUNTS, INPUTS, load_run_config, predictions_by_step
 from umbrella_jax.scoring.metrics import read_predictions
 from umbrella_jax.scoring.rows import blank_rows
@@ -100,13 +98,13 @@ class ModelDescription:
 
     id: str
     step: str | None
-    """The step of a run, and why it was chosen."""
+    """The step of the run, and why it was chosen."""
     base: str
     trained: tuple[str, ...]
-    """Groups of parameters that were trained."""
-    subjects: int | None
-    """Subjects of the training data; None if not recorded."""
-    conversations: int | None
+    """Groups of parameters that were trained, or components of an export."""
+    subjects: int | str | None
+    """Subjects of the training data; a text of an export that rounds it, None if not recorded."""
+    conversations: int | str | None
     modalities: Mapping[str, ModalityConfig]
     untrained: frozenset[str]
     """Modalities that the model may not answer about."""
@@ -166,7 +164,7 @@ def describe_model(
         data: conversations of --data. They replace those of the run if these cannot be read and the content is the
             same, for example because the run was copied to another machine.
 
-    Raises ConfigError if the configuration of its run is damaged.
+    Raises ConfigError if the configuration of its run, or the description of an export, is damaged.
     """
     run = checkpoint.runs[-1] if checkpoint.runs and records else None
     counts = records[-1].counts if run else None
@@ -178,16 +176,17 @@ def describe_model(
         elif not counts.get("train", {}).get("subjects"):
             reason = "the run's conversations name no subject; add metadata.subject_id to them for the next run"
             gaps.append(MissingFact("the number of subjects", reason))
+        stated = {"step": records[-1].step, "trained": run.groups, **(counts or {}).get("train", {})}
     else:
-        tasks, gaps = _tasks_of_card(checkpoint.description / CARD)
-    train = (counts or {}).get("train", {})
+        stated = stored_training(checkpoint.description)
+        tasks, gaps = _tasks_of_export(stated, checkpoint.description / UMBRELLA_CONFIG)
     return ModelDescription(
         id=checkpoint.name,
-        step=records[-1].step if run else None,
+        step=stated.get("step"),
         base=checkpoint.base_name,
-        trained=tuple(run.groups) if run else (),
-        subjects=train.get("subjects"),
-        conversations=train.get("conversations"),
+        trained=tuple(stated.get("trained", ())),
+        subjects=stated.get("subjects"),
+        conversations=stated.get("conversations"),
         modalities=checkpoint.config.modalities,
         untrained=frozenset(checkpoint.config.untrained),
         tasks=tasks,
@@ -278,24 +277,19 @@ def _first_fault(error: UmbrellaError) -> str:
     return error.faults[0] + (f" (and {more} more)" if more else "")
 
 
-def _tasks_of_card(card: Path) -> tuple[tuple[ServedTask, ...], list[MissingFact]]:
-    """Return the tasks with metrics in the model card of an export, and what the card does not record."""
+def _tasks_of_export(stated: Mapping[str, Any], file: Path) -> tuple[tuple[ServedTask, ...], list[MissingFact]]:
+    """Return the tasks of an export by what its description states about training, and what it lacks."""
     remedy = "serve the run itself to have them"
-    gaps = [
-        MissingFact(
-            "the tasks' questions and answers, and the number of subjects", f"only a run records them; {remedy}"
-        )
-    ]
-    text = card.read_text(encoding="utf-8") if card.is_file() else ""
-    front = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
-    figures = defaultdict[str, dict[str, Any]](dict)
-    with suppress(UmbrellaError, LookupError, TypeError, ValueError):  # somebody else's card
-        for result in parse_yaml(front[1], str(card))["model-index"][0]["results"] if front else ():
-            name = str(result["dataset"]["name"]).removesuffix(", data of the run")
-            for metric in result["metrics"]:
-                own = {"name": metric["type"], "value": float(metric["value"])}
-                figures[name][metric["type"]] = own | {"interval": None, "chance": None, "n": None}
-    if not figures:
-        reason = f"{card}: {'states none' if card.is_file() else 'not found'}; {remedy}"
-        gaps.append(MissingFact("measured accuracies", reason, (card,)))
-    return tuple(ServedTask(name, metric=own[headline(list(own))]) for name, own in figures.items()), gaps
+    gaps = [MissingFact("the tasks' questions and answers", f"an export does not contain them; {remedy}")]
+    if not stated:
+        reason = f"{file}: states nothing about training; {remedy}"
+        gaps.append(MissingFact("measured accuracies, and the number of subjects", reason, (file.parent,)))
+    elif not stated["tasks"]:
+        reason = f"{file}: states none, because the run had none or too few subjects; {remedy}"
+        gaps.append(MissingFact("measured accuracies", reason, (file.parent,)))
+    tasks = list[ServedTask]()
+    for name, figures in stated.get("tasks", {}).items():
+        metric = headline(list(figures))
+        figure = dict(figures[metric])
+        tasks.append(ServedTask(name, metric={"name": metric, "n": figure.pop("answers"), **figure}))
+    return tuple(tasks), gaps
