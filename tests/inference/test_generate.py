@@ -232,6 +232,8 @@ def test_tokens_are_drawn_as_likely_as_they_are(sampling, expected):
     [
         ({"temperature": -1.0}, "temperature: expected 0 or more"),
         ({"temperature": float("nan")}, "temperature: expected 0 or more"),
+        ({"temperature": 1e-40}, "temperature: expected 0, or from 1e-06 to 1e\\+06, got 1e-40"),
+        ({"temperature": 1e39}, "temperature: expected 0, or from 1e-06"),
         ({"temperature": 1.0, "top_k": 0}, "top_k: expected 1 or more"),
         ({"temperature": 1.0, "top_p": 0.0}, "top_p: expected above 0"),
         ({"top_k": 4}, "top_k: does nothing at temperature 0"),

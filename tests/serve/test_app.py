@@ -183,6 +183,13 @@ def with_dim(content: bytes, *dim: int) -> bytes:
     return bytes(header.binaryblock) + content[348:]
 
 
+def with_offset(content: bytes, offset: float) -> bytes:
+    """The scan whose header says that its voxels begin elsewhere."""
+    header = nib.Nifti1Header(content[:348])
+    header["vox_offset"] = offset
+    return bytes(header.binaryblock) + content[348:]
+
+
 ATTACKS: dict[str, tuple[Callable[[], bytes], int, str]] = {
     "text": (lambda: b"<html>" * 100, 415, "expected a NIfTI file"),
     "empty": (lambda: b"", 415, "empty"),
@@ -195,6 +202,11 @@ ATTACKS: dict[str, tuple[Callable[[], bytes], int, str]] = {
         415,
         "10000 × 10000 × 10000 voxels",
     ),
+    "-5 voxels": (lambda: with_dim(nifti(), 3, -5, 8, 10), 415, "expected a whole volume"),
+    "voxels after the end": (lambda: with_offset(nifti(), 1e6), 415, "its header promises"),
+    "voxels before the beginning": (lambda: with_offset(nifti(), -1e6), 415, "vox_offset: -1000000 is within"),
+    "2 GB of extensions": (lambda: gzip.compress(with_offset(nifti(), 2**31)), 415, "bytes, from"),
+    "garbage after gzip": (lambda: gzip.compress(nifti()) + b"garbage", 415, "cannot be read"),
     "gzip bomb": (lambda: gzip.compress(nifti() + bytes(9 << 20), 1), 415, "unpacks to more than 8 MB, the limit"),
     "2 axes": (lambda: nifti((12, 8)), 415, "expected a volume"),
     "too large": (lambda: nifti((128, 128, 32)), 413, "larger than 2 MB, the limit of an upload"),

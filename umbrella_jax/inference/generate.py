@@ -29,6 +29,9 @@ from umbrella_jax.models.qwen import visible_nodes
 from umbrella_jax.scoring.numeric import NumberDistributions
 from umbrella_jax.training.diagnose import nonfinite_error
 
+_LARGEST = 1e6
+"""Largest temperature, and 1 over the smallest one: beyond them, float32 turns logits into infinity or all into 0."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -48,6 +51,9 @@ class Sampling:
         faults = []
         if not 0 <= self.temperature < float("inf"):
             faults.append(f"temperature: expected 0 or more, got {self.temperature}")
+        elif self.temperature and not 1 / _LARGEST <= self.temperature <= _LARGEST:
+            limits = f"from {1 / _LARGEST:g} to {_LARGEST:g}"
+            faults.append(f"temperature: expected 0, or {limits}, got {self.temperature}")
         if self.top_k is not None and self.top_k < 1:
             faults.append(f"top_k: expected 1 or more, got {self.top_k}")
         if not 0 < self.top_p <= 1:
