@@ -233,6 +233,10 @@ def test_scans_open_in_panels(write: Callable[..., Path], chromium: Browser) -> 
                 assert line == pytest.approx(2, rel=0.05)
                 row = (stage[0] - 8) * 60 / 64  # height of three planes side by side that fill the width
                 assert stage[1] == pytest.approx(min(480, row), abs=2)
+            for display in ("none", ""):  # as in a page that hides its panels
+                tab.evaluate(f"document.querySelector('.panel-stage').style.display = '{display}'")
+                tab.evaluate("new Promise((done) => setTimeout(done, 200))")
+            assert [error for error in tab.errors if "INVALID" in error] == []
             assert "orientation unknown" in tab.evaluate("document.querySelectorAll('.panel-readout')[1].textContent")
 
 

@@ -133,6 +133,8 @@ class Panel {
       crosshairWidthUnit: "mm", crosshairGap: 8, showAllOrientationMarkers: true, fontColor: [1, 1, 1, 1], scrollRequiresFocus: true,
       viewModeHotKey: "", clipPlaneHotKey: "", cycleClipPlaneHotKey: "", isColorbar: false,
     });
+    const draw = this.nv.drawScene.bind(this.nv);
+    this.nv.drawScene = () => (this.#isVisible() ? draw() : ""); // in a hidden canvas, planes would have a width below 0
     this.#stage.addEventListener("keydown", (event) => this.#press(event), true);
     this.#stage.addEventListener("wheel", (event) => {
       if (document.activeElement !== this.#canvas) event.stopPropagation(); // the page scrolls, not the slices
@@ -320,6 +322,10 @@ class Panel {
     this.#buildBar();
   }
 
+  #isVisible() {
+    return Math.min(this.#canvas.clientWidth, this.#canvas.clientHeight) > 2 * PADDING;
+  }
+
   #showView() {
     this.nv.setSliceType(this.nv[VIEWS[this.#view]]);
     this.#fit();
@@ -329,7 +335,7 @@ class Panel {
   // only for narrow windows, where its planes are much larger.
   #fit() {
     const { nv } = this;
-    if (!nv.volumes.length || !this.#canvas.isConnected) return;
+    if (!nv.volumes.length || !this.#isVisible()) return;
     const { dimsRAS, pixDimsRAS } = nv.volumes[0];
     const [x, y, z] = [1, 2, 3].map((axis) => dimsRAS[axis] * pixDimsRAS[axis]);
     const shapes = {
