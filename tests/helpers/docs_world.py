@@ -13,6 +13,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import tempfile
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, chdir, contextmanager, redirect_stderr, redirect_stdout
@@ -129,9 +130,17 @@ NEEDS = {"runs/sex": ("conversations",)}
 """What of these goes with one of them: a run reads its data."""
 
 
-def make_world(folder: Path) -> None:
+@cache
+def _new_world() -> tempfile.TemporaryDirectory[str]:
+    """Make the world once for all pages; it is removed when the process ends."""
+    directory = tempfile.TemporaryDirectory(prefix="docs-world")
     for name, (make, _) in WORLD.items():
-        make(folder / name)
+        make(Path(directory.name) / name)
+    return directory
+
+
+def make_world(folder: Path) -> None:
+    shutil.copytree(_new_world().name, folder, dirs_exist_ok=True)
 
 
 # Blocks -------------------------------------------------------------------------------------------------------------
