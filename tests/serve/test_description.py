@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from convert.model_card import TaskMetric, TrainingRecord, training_facts
+from tests.helpers.checkpoints import write_umbrella
 from tests.helpers.served import Served
-from tests.helpers.small_run import read_config, umbrella, write_config, write_json
+from tests.helpers.small_run import read_config, write_config
 from umbrella_jax.checkpoints.checkpoint import Checkpoint
 from umbrella_jax.run.record import read_training_records
 from umbrella_jax.serve.description import ModelDescription, describe_model
@@ -76,21 +78,34 @@ def test_says_which_file_is_missing_and_what_is_lost(served: Served, run: Path, 
     assert str(tmp_path) not in str([gap.to_json() for gap in gaps.values()])
 
 
-def test_an_export_is_described_by_what_it_states_about_its_training(served: Served, tmp_path: Path) -> None:
-    export = tmp_path / "export"
-    umbrella("convert", "to-hf", served.run, export)
-    gaps = {gap.effect for gap in describe(export).gaps}
-    assert gaps == {"the tasks' questions and answers", "measured accuracies"}
-    file = export / "umbrella_config.json"
-    stated = json.loads(file.read_text())
-    accuracy = {"value": 0.9, "interval": [0.8, 1.0], "chance": 0.5, "answers": "about 120"}
-    write_json(
-        file, stated | {"training": stated["training"] | {"subjects": 40, "tasks": {"sex": {"accuracy": accuracy}}}}
-    )
-    description = describe(export)
-    (task,) = description.tasks
-    assert task.metric == {"name": "accuracy", "value": 0.9, "interval": [0.8, 1.0], "chance": 0.5, "n": "about 120"}
-    assert (description.step, description.subjects) == (stated["training"]["step"], 40)
-    assert [gap.effect for gap in description.gaps] == ["the tasks' questions and answers"]
-    write_json(file, {key: value for key, value in stated.items() if key != "training"})
-    assert "states nothing about training" in describe(export).gaps[1].reason
+def test_an_export_shows_what_its_run_recorded(served: Served, tmp_path: Path) -> None:
+    write_umbrella(tmp_path)
+    file = tmp_path / "umbrella_config.json"
+    record = json.loads(file.read_text()) | {"base": "lab/base"}
+    file.write_text(json.dumps(record))
+    (gap, _) = (described := describe(tmp_path)).gaps[::-1]
+    assert (described.base, described.trained, described.subjects) == ("lab/base", None, None)
+    assert gap.reason == f"{file}: records no `training`; export the run again, or serve the run itself"
+
+    accuracy = TaskMetric("T1", "accuracy", 0.875, 0.8, 0.95, 0.6, 100, 100)
+    counts = {"train": {"conversations": 200, "subjects": 100, "tasks": {}}}
+    training = TrainingRecord("step 20", {}, {}, {"patch_embed": (9, 0), "total": (9, 5)}, counts, (accuracy,))
+    file.write_text(json.dumps(record | {"training": training_facts([training])}))
+    described = describe(tmp_path)
+    assert (described.trained, described.step) == (("patch_embed",), "step 20")
+    assert (described.subjects, described.conversations) == (100, 200)
+    (task,) = described.tasks
+    assert task.metric is not None
+    assert {key: task.metric[key] for key in ("name", "value", "interval")} == {
+        "name": "accuracy",
+        "value": 0.875,
+        "interval": [0.8, 0.95],
+    }
+    assert [gap.effect for gap in described.gaps] == ["the tasks' questions and answers"]
+
+    described = describe(tmp_path, served.run.parent / "train.json")
+    tasks = {task.name: task for task in described.tasks}
+    assert tasks["T1"].questions == ("Which sex?", "Awake?")
+    assert tasks["T1"].metric == task.metric
+    assert tasks["T1"].task is not None
+    assert not described.gaps

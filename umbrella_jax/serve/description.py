@@ -7,10 +7,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from convert.config_json import UMBRELLA_CONFIG, stored_training
+from convert.config_json import UMBRELLA_CONFIG, read_checkpoint_json, stored_training
 from convert.model_card import TrainingRecord
 from umbrella_jax.checkpoints.checkpoint import Checkpoint, RunCheckpoint
-from umbrella_jax.config.schema import ModalityConfig, RunConfig, aliases_of
+from umbrella_jax.config.schema import DataConfig, ModalityConfig, RunConfig, aliases_of
 from umbrella_jax.data.conversation import (
     Conversation,
     Image,
@@ -98,12 +98,12 @@ class ModelDescription:
 
     id: str
     step: str | None
-    """The step of the run, and why it was chosen."""
+    """The step of a run, and why it was chosen."""
     base: str
-    trained: tuple[str, ...]
-    """Groups of parameters that were trained, or components of an export."""
+    trained: tuple[str, ...] | None
+    """Groups of parameters that were trained; None if not recorded."""
     subjects: int | str | None
-    """Subjects of the training data; a text of an export that rounds it, None if not recorded."""
+    """Subjects of the training data, of an export perhaps a text such as "about 120"; None if not recorded."""
     conversations: int | str | None
     modalities: Mapping[str, ModalityConfig]
     untrained: frozenset[str]
@@ -161,37 +161,92 @@ def describe_model(
     Args:
         checkpoint: opened to answer (`Checkpoint.answering`), or with untrained parts allowed.
         records: of its runs, as `read_training_records` returns them.
-        data: conversations of --data. They replace those of the run if these cannot be read and the content is the
-            same, for example because the run was copied to another machine.
+        data: conversations of --data. They are the tasks of an export, which records only measured accuracies. They
+            replace those of the run if these cannot be read and the content is the same, for example because the run
+            was copied to another machine.
 
-    Raises ConfigError if the configuration of its run, or the description of an export, is damaged.
+    Raises ConfigError if the configuration of its run is damaged, DataError if the data cannot be read.
     """
     run = checkpoint.runs[-1] if checkpoint.runs and records else None
-    counts = records[-1].counts if run else None
-    if run:
-        tasks, gaps = _tasks_of_run(run, records[-1], data)
-        if counts is None:
-            reason = f"{run.path / COUNTS}: not found; copy it from the run, if the run has one"
-            gaps.append(MissingFact("the number of subjects and conversations", reason, (run.path,)))
-        elif not counts.get("train", {}).get("subjects"):
-            reason = "the run's conversations name no subject; add metadata.subject_id to them for the next run"
-            gaps.append(MissingFact("the number of subjects", reason))
-        stated = {"step": records[-1].step, "trained": run.groups, **(counts or {}).get("train", {})}
-    else:
-        stated = stored_training(checkpoint.description)
-        tasks, gaps = _tasks_of_export(stated, checkpoint.description / UMBRELLA_CONFIG)
+    tasks, gaps = _tasks_of_run(run, records[-1], data) if run else _tasks_of_export(checkpoint, data)
+    facts = _facts_of_run(run, records[-1], gaps) if run else _facts_of_export(checkpoint, gaps)
     return ModelDescription(
         id=checkpoint.name,
-        step=stated.get("step"),
-        base=checkpoint.base_name,
-        trained=tuple(stated.get("trained", ())),
-        subjects=stated.get("subjects"),
-        conversations=stated.get("conversations"),
         modalities=checkpoint.config.modalities,
         untrained=frozenset(checkpoint.config.untrained),
         tasks=tasks,
         gaps=tuple(gaps),
+        **facts,
     )
+
+
+def _facts_of_run(run: RunCheckpoint, record: TrainingRecord, gaps: list[MissingFact]) -> dict[str, Any]:
+    """Return fields of `ModelDescription` about the training of a run; append those that are missing to `gaps`."""
+    train = (record.counts or {}).get("train", {})
+    if record.counts is None:
+        reason = f"{run.path / COUNTS}: not found; copy it from the run, if the run has one"
+        gaps.append(MissingFact("the number of subjects and conversations", reason, (run.path,)))
+    elif not train.get("subjects"):
+        reason = "the run's conversations name no subject; add metadata.subject_id to them for the next run"
+        gaps.append(MissingFact("the number of subjects", reason))
+    facts = {"base": run.base_name, "step": record.step, "trained": tuple(run.groups)}
+    return facts | {key: train.get(key) for key in ("subjects", "conversations")}
+
+
+def _facts_of_export(checkpoint: Checkpoint, gaps: list[MissingFact]) -> dict[str, Any]:
+    """Return the same of an export or a checkpoint made of one."""
+    file = checkpoint.description / UMBRELLA_CONFIG
+    base = read_checkpoint_json(file).get("base") if file.exists() else None
+    facts = stored_training(checkpoint.description)
+    if not facts and file.exists():
+        reason = f"{file}: records no `training`; export the run again, or serve the run itself"
+        gaps.append(MissingFact("what was trained, on how many subjects, and the measured accuracies", reason, (file,)))
+    elif facts and not facts["tasks"]:
+        reason = "the run was not evaluated, or on too few subjects to state its accuracies"
+        gaps.append(MissingFact("measured accuracies", reason))
+    trained = tuple(facts["trained"]) if facts else None if file.exists() else ()
+    known = {key: facts.get(key) for key in ("step", "subjects", "conversations")}
+    return {"base": base or checkpoint.base_name, "trained": trained, **known}
+
+
+class _Asked:
+    """What conversations ask in each task."""
+
+    def __init__(self, conversations: Sequence[Conversation]):
+        self.rows: Sequence[Mapping[str, Any]] = blank_rows(conversations)
+        self.wordings = defaultdict[str, Counter[str]](Counter)
+        self.examples = dict[str, Conversation]()
+        """{task: a conversation without its last answer}."""
+        self._shapes = defaultdict[str, set[tuple[int, int]]](set)
+        for row, conversation in zip(self.rows, conversations, strict=True):
+            asked = [message.text.strip() for message in conversation.messages if message.role == "user"]
+            if asked and conversation.messages[-1].role == "assistant":
+                task = task_of(row)
+                self.wordings[task][asked[-1]] += 1
+                self._shapes[task].add((len(asked), len(conversation.images)))
+                blank = (*conversation.messages[:-1], Message("assistant", ("",)))
+                self.examples.setdefault(task, replace(conversation, messages=blank))
+
+    def served(
+        self, tasks: Mapping[str, Task], metrics: Mapping[str, Mapping[str, Mapping[str, Any]]]
+    ) -> tuple[ServedTask, ...]:
+        """Return the tasks that are in `tasks`, in the conversations or in `metrics`, {task: {metric: its figures}}."""
+        served = list[ServedTask]()
+        for name in dict.fromkeys([*tasks, *self.examples, *metrics]):
+            wordings, shapes, figures = self.wordings[name], self._shapes[name], metrics.get(name, {})
+            main = headline(list(figures)) if figures else None
+            served.append(
+                ServedTask(
+                    name,
+                    tasks.get(name),
+                    questions=tuple(text for text, _ in wordings.most_common(_QUESTIONS)),
+                    more_questions=max(len(wordings) - _QUESTIONS, 0),
+                    metric=None if main is None else {"name": main, **figures[main]},
+                    example=self.examples.get(name),
+                    shape=next(iter(shapes)) if len(shapes) == 1 else None,
+                )
+            )
+        return tuple(served)
 
 
 def _tasks_of_run(
@@ -200,43 +255,43 @@ def _tasks_of_run(
     """Return the tasks of a run's conversations and predictions, and what is missing of them."""
     config = load_run_config(run.path)
     conversations, gaps = _conversations(run, config, data)
-    rows: Sequence[Mapping[str, Any]] = blank_rows(conversations)
-    wordings, examples = defaultdict[str, Counter[str]](Counter), dict[str, Conversation]()
-    shapes = defaultdict[str, set[tuple[int, int]]](set)
-    for row, conversation in zip(rows, conversations, strict=True):
-        asked = [message.text.strip() for message in conversation.messages if message.role == "user"]
-        if asked and conversation.messages[-1].role == "assistant":
-            wordings[task_of(row)][asked[-1]] += 1
-            shapes[task_of(row)].add((len(asked), len(conversation.images)))
-            blank = (*conversation.messages[:-1], Message("assistant", ("",)))
-            examples.setdefault(task_of(row), replace(conversation, messages=blank))
-    tasks = dict[str, Task]()
+    asked, tasks = _Asked(conversations), dict[str, Task]()
     try:
-        if file := predictions_by_step(run.path).get(run.step or 0):
-            rows = read_predictions(file)
-        if rows:
+        file = predictions_by_step(run.path).get(run.step or 0)
+        if rows := read_predictions(file) if file else asked.rows:
             tasks = tasks_of(rows, config.evaluation.tasks)
     except UmbrellaError as error:
         gaps.append(MissingFact("answers to compare of the tasks", _first_fault(error), (run.path,)))
     if record.why_no_metrics:
         gaps.append(MissingFact("measured accuracies", record.why_no_metrics.split("\n")[0], (run.path,)))
-    figures = defaultdict[str, dict[str, Any]](dict)
+    metrics = defaultdict[str, dict[str, dict[str, Any]]](dict)
     for figure in record.metrics or ():
         interval = None if figure.low is None else [figure.low, figure.high]
-        own = {"name": figure.metric, "value": figure.value, "interval": interval}
-        figures[figure.task][figure.metric] = own | {"chance": figure.chance, "n": figure.answers}
-    return tuple(
-        ServedTask(
-            name,
-            tasks.get(name),
-            tuple(text for text, _ in wordings[name].most_common(_QUESTIONS)),
-            max(len(wordings[name]) - _QUESTIONS, 0),
-            figures[name][headline(list(figures[name]))] if figures[name] else None,
-            examples.get(name),
-            next(iter(shapes[name])) if len(shapes[name]) == 1 else None,
-        )
-        for name in dict.fromkeys([*tasks, *examples])  # predictions may cover only a part (train.eval_samples)
-    ), gaps
+        own = {"value": figure.value, "interval": interval, "chance": figure.chance, "n": figure.answers}
+        metrics[figure.task][figure.metric] = own
+    return asked.served(tasks, metrics), gaps
+
+
+def _tasks_of_export(
+    checkpoint: Checkpoint, data: str | Path | None
+) -> tuple[tuple[ServedTask, ...], list[MissingFact]]:
+    """Return the tasks that an export was evaluated on and those of --data, and what is missing of them."""
+    stored = stored_training(checkpoint.description).get("tasks", {})
+    metrics = defaultdict[str, dict[str, dict[str, Any]]](dict)
+    for task, figures in stored.items():
+        for name, own in figures.items():
+            shown = {key: own[key] for key in ("value", "interval", "chance")}
+            metrics[task][name] = shown | {"n": own["answers"]}
+    if data is None:
+        remedy = "name conversations of its tasks with --data, or serve the run itself"
+        reason = f"an export does not record them; {remedy}"
+        return _Asked(()).served({}, metrics), [MissingFact("the tasks' questions and answers", reason)]
+    asked = _Asked(read_with_config(data, checkpoint.config.modalities, DataConfig(allow_outside_root=True)))
+    try:
+        return asked.served(tasks_of(asked.rows, {}), metrics), []
+    except UmbrellaError as error:
+        gap = MissingFact("answers to compare of the tasks", _first_fault(error), (Path(data),))
+        return asked.served({}, metrics), [gap]
 
 
 def _conversations(
@@ -275,21 +330,3 @@ def _conversations(
 def _first_fault(error: UmbrellaError) -> str:
     more = len(error.faults) - 1
     return error.faults[0] + (f" (and {more} more)" if more else "")
-
-
-def _tasks_of_export(stated: Mapping[str, Any], file: Path) -> tuple[tuple[ServedTask, ...], list[MissingFact]]:
-    """Return the tasks of an export by what its description states about training, and what it lacks."""
-    remedy = "serve the run itself to have them"
-    gaps = [MissingFact("the tasks' questions and answers", f"an export does not contain them; {remedy}")]
-    if not stated:
-        reason = f"{file}: states nothing about training; {remedy}"
-        gaps.append(MissingFact("measured accuracies, and the number of subjects", reason, (file.parent,)))
-    elif not stated["tasks"]:
-        reason = f"{file}: states none, because the run had none or too few subjects; {remedy}"
-        gaps.append(MissingFact("measured accuracies", reason, (file.parent,)))
-    tasks = list[ServedTask]()
-    for name, figures in stated.get("tasks", {}).items():
-        metric = headline(list(figures))
-        figure = dict(figures[metric])
-        tasks.append(ServedTask(name, metric={"name": metric, "n": figure.pop("answers"), **figure}))
-    return tuple(tasks), gaps

@@ -270,7 +270,9 @@ class _Api:
                 raise _bad("umbrella.task", "give either a task, or answers and numbers")
             known = {own.name: own.task for own in self._description.tasks if own.task}
             if name not in known:
-                raise _bad("umbrella.task", f"expected one of {', '.join(known) or 'none: the model records no task'}")
+                raise _bad(
+                    "umbrella.task", f"expected one of {', '.join(known) or 'none: the answers of no task are known'}"
+                )
             answers, numbers = list(known[name].answers or ()), known[name].numbers
         return {"answers": tuple(answers), "numbers": numbers, "control": control}
 

@@ -41,7 +41,7 @@ function showFacts() {
     ? (task.metric ? `${task.name}: ${metricText(task.metric)}` : `${task.name}: not measured`)
     : measured.slice(0, 3).map(brief).join(" · ") + (measured.length > 3 ? " …" : "") || "not measured";
   const count = (number, noun) => (number ? `${number.toLocaleString("en")} ${noun}` : null);
-  const trained = model.trained?.length ? model.trained.join(", ") : "nothing";
+  const trained = model.trained === null ? "unknown" : model.trained.join(", ") || "nothing";
   const rows = [
     ["base", model.base ?? "unknown"],
     ["trained", trained],
