@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import product
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +16,7 @@ from umbrella_jax.batch import Batch, NumberTargets
 from umbrella_jax.config.schema import GroupConfig, NumberLossConfig, TrainConfig
 from umbrella_jax.data.answer_trees import answer_trees
 from umbrella_jax.models import merge
-from umbrella_jax.training.loss import loss_sum, loss_sums, number_errors
+from umbrella_jax.training.loss import loss_sums, number_errors
 from umbrella_jax.training.step import train_step
 
 CANDIDATES = [(3, 4, 9), (3, 5, 9), (3, 4, 7, 9), (6, 9)]  # one begins another, but for the token after the number
@@ -38,19 +37,30 @@ def batch_with_numbers(seed: int) -> Batch:
     return replace(batch, numbers=targets)
 
 
-def scores_of_whole_passes(graphdef: nnx.GraphDef, params: dict[str, jax.Array], batches: Sequence[Batch]) -> jax.Array:
-    """Return log p of each candidate [batches, B, A], from whole passes over prompt and candidate."""
+def likelihoods_of_whole_passes(
+    graphdef: nnx.GraphDef, params: dict[str, jax.Array], batches: Sequence[Batch]
+) -> tuple[jax.Array, jax.Array]:
+    """Return log p of each candidate [batches, B, A], from whole passes over prompt and candidate, and log p of all
+    supervised tokens [batches, B]. One program makes all passes, which compiles once."""
     wholes, places, tokens = [], [], []
-    for batch, answer in product(batches, CANDIDATES):
-        ids, feature_idx = np.array(batch.input_ids), np.array(batch.feature_idx)
-        padded = np.pad(np.array(answer), (0, 4 - len(answer)), constant_values=-1)
-        for row, start in enumerate(PROMPTS):
-            ids[row, start : start + len(answer)] = answer
-            feature_idx[row, start : start + len(answer)] = -1
-        lengths = np.full(4, ids.shape[1], np.int32)
-        wholes.append(replace(batch, input_ids=ids, feature_idx=feature_idx, lengths=lengths, numbers=None))
-        places.append(PROMPTS[:, None] - 1 + np.arange(4))
-        tokens.append(np.tile(padded, (4, 1)))
+    width = max(4, batches[0].target_ids.shape[1])
+
+    def padded(array: np.ndarray, value: int) -> np.ndarray:
+        return np.pad(array, ((0, 0), (0, width - array.shape[1])), constant_values=value)
+
+    for batch in batches:
+        for answer in CANDIDATES:
+            ids, feature_idx = np.array(batch.input_ids), np.array(batch.feature_idx)
+            for row, start in enumerate(PROMPTS):
+                ids[row, start : start + len(answer)] = answer
+                feature_idx[row, start : start + len(answer)] = -1
+            lengths = np.full(4, ids.shape[1], np.int32)
+            wholes.append(replace(batch, input_ids=ids, feature_idx=feature_idx, lengths=lengths, numbers=None))
+            places.append(padded(PROMPTS[:, None] - 1 + np.arange(len(answer)), 0))
+            tokens.append(padded(np.tile(answer, (4, 1)), -1))
+        wholes.append(replace(batch, numbers=None))
+        places.append(padded(batch.target_pos, 0))
+        tokens.append(padded(np.where(batch.target_mask, batch.target_ids, -1), -1))
 
     def score(one: tuple[Batch, jax.Array, jax.Array]) -> jax.Array:
         whole, places, tokens = one
@@ -59,7 +69,8 @@ def scores_of_whole_passes(graphdef: nnx.GraphDef, params: dict[str, jax.Array],
         return jnp.where(tokens < 0, 0, each).sum(1)
 
     scores = jax.lax.map(score, (stack(*wholes), np.stack(places), np.stack(tokens)))
-    return scores.reshape(len(batches), len(CANDIDATES), 4).swapaxes(1, 2)
+    scores = scores.reshape(len(batches), len(CANDIDATES) + 1, 4).swapaxes(1, 2)
+    return scores[..., :-1], scores[..., -1]
 
 
 def test_an_update_adds_the_mean_over_numbers_to_the_cross_entropy() -> None:
@@ -70,11 +81,11 @@ def test_an_update_adds_the_mean_over_numbers_to_the_cross_entropy() -> None:
     batches = [batch_with_numbers(seed) for seed in (0, 1)]
 
     def defined(params: dict[str, jax.Array]) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        model = merge(plain, params | case.frozen)
-        losses, counts = jax.lax.map(partial(loss_sum, model), stack(*(replace(one, numbers=None) for one in batches)))
-        p = jax.nn.softmax(scores_of_whole_passes(plain, params | case.frozen, batches))
+        candidates, supervised = likelihoods_of_whole_passes(plain, params | case.frozen, batches)
+        p = jax.nn.softmax(candidates)
         errors = [jnp.where(HAS_NUMBER, (each * ERRORS[None] ** 2).sum(1), 0).sum() for each in p]
-        cross_entropy, numbers = losses.sum() / counts.sum().astype(jnp.float32), sum(errors) / 6
+        count = np.float32(sum(one.target_mask.sum() for one in batches))
+        cross_entropy, numbers = -supervised.sum() / count, sum(errors) / 6
         return cross_entropy + config.weight * numbers, (cross_entropy, numbers)
 
     state = case.state()
