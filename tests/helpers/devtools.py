@@ -53,6 +53,18 @@ _KEYS = {
 Reply = dict[str, Any]
 
 
+_LEFT = (
+    "Inspected target navigated or closed",
+    "Cannot find default execution context",
+    "Execution context was destroyed.",
+)
+"""Errors of a script whose page was left for the next one."""
+
+
+class PageLeftError(AssertionError):
+    """The page was left while a script ran in it."""
+
+
 class Browser:
     """A Chromium process with a profile of its own, ended and removed by `close` or at the end of `with`."""
 
@@ -116,6 +128,8 @@ class Browser:
         while self._last_id not in self._replies:
             self.receive(end - time.monotonic())
         reply = self._replies.pop(self._last_id)
+        if reply.get("error", {}).get("message") in _LEFT:
+            raise PageLeftError(method)
         assert "error" not in reply, f"{method}: {reply['error']}"
         result: Reply = reply["result"]
         return result
@@ -229,9 +243,19 @@ class Tab:
         return text
 
     def wait(self, expression: str, timeout: float | None = None) -> Any:
-        """Evaluate an expression until it is true; return its value, true for an element. Fail after `timeout` s."""
+        """Evaluate an expression until it is true, also in a page that follows; return its value, true for an element.
+
+        Fail after `timeout` s.
+        """
         script = f"Promise.resolve({expression}).then((value) => value instanceof Node || value)"
-        return self._wait(lambda: self.evaluate(script), expression, timeout)
+
+        def value() -> Any:
+            try:
+                return self.evaluate(script)
+            except PageLeftError:
+                return None
+
+        return self._wait(value, expression, timeout)
 
     def click(self, selector: str) -> None:
         """Click on the middle of the first element that matches; fails if another element covers it."""

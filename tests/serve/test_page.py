@@ -191,7 +191,7 @@ def slow(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def slowed(function: Callable[..., Any]) -> Callable[..., Any]:
         def wait(*arguments: Any) -> Any:
-            time.sleep(0.3)
+            time.sleep(0.2)
             return function(*arguments)
 
         return wait
