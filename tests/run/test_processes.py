@@ -119,6 +119,11 @@ def finish(processes: list[subprocess.Popen[str]], timeout: int = 900) -> list[t
     return [(process.returncode, *said) for process, said in zip(processes, found, strict=True)]
 
 
+def lines_of(out: str) -> list[str]:
+    """Return the lines of a process but for XLA's."""
+    return [line for line in out.splitlines() if not line.startswith("[Gloo]")]
+
+
 @pytest.fixture(scope="module")
 def environment() -> dict[str, str]:
     return small_run.process_environment() | {
@@ -301,8 +306,7 @@ def test_only_process_0_prints_and_writes(
     assert re.search(r"^devices: 2 × cpu \(data=2,fsdp=1,tensor=1\), 2 processes$", first, re.MULTILINE)
     assert first.count("step 1: compiling") == 1
     assert f"step {STEPS}  loss" in first
-    said_by_us = [line for text in second for line in text.splitlines() if not line.startswith("[Gloo]")]  # of XLA
-    assert said_by_us == []
+    assert [line for text in second for line in lines_of(text)] == []
     # `run` itself: an unnamed file in it, by which each process tries whether it can write there
     written = [[Path(path) for path in record["written"] if Path(path) != run] for record in records]
     ours, theirs = ({p.relative_to(run).parts[0] for p in paths if p.is_relative_to(run)} for paths in written)
@@ -531,13 +535,11 @@ print(json.dumps([jax.process_index(), gather(own), broadcast(own | {"µ": [None
 
 
 REFUSED = """
-import sys
-from umbrella_jax.distributed import start, raise_together
-start(sys.argv[1], 2, int(sys.argv[2]), timeout=60)
+from umbrella_jax.distributed import raise_together
 with raise_together():
     print("both")
 with raise_together():
-    if sys.argv[2] == "1":
+    if jax.process_index() == 1:
         raise OSError(28, "No space left on device", "/x")
 print("not reached")
 """
@@ -568,8 +570,9 @@ def launched(
     )
 
 
-def test_slurm_starts_its_tasks(environment: dict[str, str]) -> None:
-    """JAX reads the variables that srun sets."""
+@pytest.fixture(scope="module")
+def tasks(environment: dict[str, str]) -> list[tuple[int, str, str]]:
+    """Two tasks of SLURM that exchange values; then the second one's disk is full."""
     job = {
         "SLURM_JOB_ID": 7,
         "SLURM_STEP_NODELIST": "127.0.0.1",
@@ -578,10 +581,15 @@ def test_slurm_starts_its_tasks(environment: dict[str, str]) -> None:
         "SLURM_STEP_NUM_NODES": 1,
         "JAX_COORDINATOR_PORT": free_port(),
     }
-    ended = launched(environment, *({**job, "SLURM_PROCID": i, "SLURM_LOCALID": i} for i in range(2)))
-    for i, (code, out, err) in enumerate(ended):
-        assert code == 0, err
-        assert json.loads(out.splitlines()[-1]) == [i, [{"from": 0}, {"from": 1}], {"from": 0, "µ": [None] * 100}]
+    own = ({**job, "SLURM_PROCID": i, "SLURM_LOCALID": i} for i in range(2))
+    return launched(environment, *own, program=STARTED + REFUSED)
+
+
+def test_slurm_starts_its_tasks(tasks: list[tuple[int, str, str]]) -> None:
+    """JAX reads the variables that srun sets."""
+    for i, (_, out, err) in enumerate(tasks):
+        assert lines_of(out), err
+        assert json.loads(lines_of(out)[0]) == [i, [{"from": 0}, {"from": 1}], {"from": 0, "µ": [None] * 100}]
 
 
 @pytest.fixture
@@ -661,15 +669,12 @@ def test_an_error_on_one_process_ends_all(
     assert shut_down == [0, 1]
 
 
-def test_an_error_of_the_system_on_one_process_ends_all(environment: dict[str, str]) -> None:
+def test_an_error_of_the_system_on_one_process_ends_all(tasks: list[tuple[int, str, str]]) -> None:
     """The other process must not be aborted by JAX, with a stack trace of C++."""
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    words = [sys.executable, "-c", REFUSED, f"127.0.0.1:{free_port()}"]
-    found = finish([subprocess.Popen([*words, str(i)], env=environment, cwd=ROOT, **pipes) for i in range(2)])
-    (first, out, error), (second, other, own) = found
+    (first, out, error), (second, other, own) = tasks
     assert (first, second) == (1, 1), error  # uncaught errors
     for said in (out, other):
-        assert [line for line in said.splitlines() if not line.startswith("[Gloo]")] == ["both"]
+        assert lines_of(said)[1:] == ["both"]
     assert "RunError: process 1: /x: No space left on device: the disk is full" in error.splitlines()[-1]
     assert own.splitlines()[-1].startswith("OSError")
 
