@@ -19,7 +19,7 @@ from PIL import Image
 from tests.helpers.devtools import Browser, Tab
 
 OUT = Path(__file__).parents[1] / "docs" / "images" / "serve.webp"
-SCAN, TASK = "sub-322 anat", "lesion_side"
+SCAN, TASK = "sub-321 anat", "lesion_side"
 WIDTH, HEIGHT = 1280, 880
 
 
