@@ -35,7 +35,9 @@ def main() -> None:
             first = Image.open(BytesIO(tab.screenshot(file).read_bytes())).crop((0, 0, WIDTH, int(height)))
             tab.evaluate(f"{_SCAN}.scrollIntoView({{behavior: 'instant'}})")
             tab.wait(f"{_SCAN}.querySelector('.scan.is-open')")
-            tab.evaluate(f"document.querySelector('nav').remove(), {_SCAN}.querySelector('.facts').remove()")  # its path
+            tab.evaluate(
+                f"document.querySelector('nav').remove(), {_SCAN}.querySelector('.facts').remove()"
+            )  # its path
             tab.evaluate(f"{_SCAN}.scrollIntoView({{behavior: 'instant'}})")
             tab.evaluate("new Promise((done) => setTimeout(done, 1000))")  # the panel draws in the next frames
             top, bottom = tab.evaluate(f"(b => [b.top, b.bottom])({_SCAN}.getBoundingClientRect())")

@@ -76,11 +76,13 @@ def _measured(results: Any, work: Callable[..., Any], args: tuple[Any, ...]) -> 
 
         watcher = threading.Thread(target=watch)
         watcher.start()
-        start = time.perf_counter()
-        value = work(*args)
-        seconds = time.perf_counter() - start
-        done.set()
-        watcher.join()
+        try:
+            start = time.perf_counter()
+            value = work(*args)
+            seconds = time.perf_counter() - start
+        finally:  # otherwise this process would never end
+            done.set()
+            watcher.join()
         results.put({"seconds": seconds, "peak": peak - before, "value": value if isinstance(value, list) else None})
     except BaseException as error:
         results.put({"error": repr(error)})

@@ -62,7 +62,17 @@ def _served(folder: Path) -> Iterator[tuple[str, Any, Any]]:
     device = jax.devices()[0]
     params = {path: jax.device_put(value, device) for path, value in random_parameters(folder, SETTING).items()}
     model, processor = merge(abstract_params(config)[0], params), Processor(load_tokenizer(folder), config.modalities)
-    about = ModelDescription("bench", "random", (), None, None, config.modalities, frozenset(), ())
+    about = ModelDescription(
+        id="bench",
+        step=None,
+        base="random",
+        trained=(),
+        subjects=None,
+        conversations=None,
+        modalities=config.modalities,
+        untrained=frozenset(),
+        tasks=(),
+    )
     readers = Readers()
     engine = Engine(model, processor, lanes=LANES, max_new_tokens=NEW, readers=readers)
     data = read_conversations(folder / "data.json", config.modalities)
