@@ -56,7 +56,8 @@ def questions(served: Served) -> list[Question]:
 
 def job_of(engine: Engine, question: Question, events: list[Any]) -> _Job:
     prompt, trees = engine._encode(question)
-    return _Job(question, prompt, engine._volumes.read(question, prompt), trees, events.append)
+    volumes = asyncio.run(engine._volumes.read(question.conversation, prompt, question.control))
+    return _Job(question, prompt, volumes, trees, events.append)
 
 
 def answer_of(events: list[Any]) -> str:

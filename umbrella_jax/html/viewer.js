@@ -7,7 +7,8 @@
 //
 // A volume or an overlay is a NIfTI, gzipped or not, from { url } (fetched from the page's own server), { base64 } or
 // { bytes } (an ArrayBuffer). The crosshair starts `at` three fractions of the way from the patient's left to right, back
-// to front and bottom to top, or at the centre. `origin` says from where mm are counted. An overlay may also give `unit`, `limit` (the value with full colour) and `threshold`.
+// to front and bottom to top, or at the centre. `origin` says from where mm are counted. An overlay may also give
+// `unit`, `limit` (the value with full colour) and `threshold`.
 // Use by mouse, touch, keyboard and screen reader; no inline style or script; nothing is logged.
 "use strict";
 

@@ -15,6 +15,7 @@ _SCALING = {
     "znorm_zeroback": "z-scored over the voxels that are not background, with the background at 0",
     "znorm_minback": "z-scored over the voxels that are not background, with the background at the lowest value",
 }
+_SPLITS = {"train": "training", "eval": "evaluation"}
 _SCHEDULES = {
     "linear": "fell linearly to 0",
     "cosine": "fell to 0 as half a cosine",
@@ -74,16 +75,14 @@ def _scans(name: str, config: ModalityConfig) -> str:
 
 
 def _data(facts: Facts) -> str:
-    return " ".join(
-        f"The {name} data are {_counted(facts.data[split])}."
-        for split, name in (("train", "training"), ("eval", "evaluation"))
-        if split in facts.data
-    )
+    named = [(name, facts.data[split]) for split, name in _SPLITS.items() if split in facts.data]
+    return " ".join(f"The {name} data are {counted(own) or 'in ' + own['path']}." for name, own in named)
 
 
-def _counted(counts: Mapping[str, Any]) -> str:
+def counted(counts: Mapping[str, Any]) -> str | None:
+    """Return what one of `Facts.data` contains in words; None if it was not counted."""
     if "unknown" in counts:
-        return f"in {counts['path']}"
+        return None
     people = f" about {plural(counts['subjects'], 'subject')}" if counts["subjects"] else ""
     return f"{plural(counts['conversations'], 'conversation')}{people} with {plural(counts['volumes'], 'volume')}"
 

@@ -24,7 +24,7 @@ from umbrella_jax.report.answer_table import answer_table
 from umbrella_jax.report.evidence import abstract, limitations, task_summaries
 from umbrella_jax.report.facts import Facts, Sample, check_run, read_facts
 from umbrella_jax.report.figures import calibration_chart, coverage_chart, curve_charts, curves, number_chart
-from umbrella_jax.report.methods import methods
+from umbrella_jax.report.methods import counted, methods
 from umbrella_jax.rundir import CHECKPOINTS, CONFIG, REPORT, Step
 from umbrella_jax.scoring.fields import compare_fields
 from umbrella_jax.scoring.metrics import Figure, short
@@ -157,7 +157,7 @@ def _settings(facts: Facts) -> Iterator[tuple[str, str]]:
         sizes = " × ".join(map(str, modality.size)), " × ".join(map(str, modality.patch))
         yield name, f"{sizes[0]} in patches of {sizes[1]}: {modality.num_patches} positions"
     for split, counts in facts.data.items():
-        yield split, f"{counts['path']}: {_counted(counts)}"
+        yield split, f"{counts['path']}: {counted(counts) or 'not counted: ' + counts['unknown']}"
     train = config.train
     yield (
         "training",
@@ -168,13 +168,6 @@ def _settings(facts: Facts) -> Iterator[tuple[str, str]]:
     yield "time", f"{_duration(seconds[0])} in steps, {_duration(seconds[1])} between them (data, evaluation, saving)"
     yield "checkpoints", f"steps {', '.join(map(str, facts.saved))}"
     yield "versions", ", ".join(f"{name} {version}" for name, version in facts.versions.items())
-
-
-def _counted(counts: Mapping[str, Any]) -> str:
-    if "unknown" in counts:
-        return f"not counted: {counts['unknown']}"
-    subjects = f"{counts['subjects']:,} subjects" if counts["subjects"] else "subjects unknown"
-    return f"{counts['conversations']:,} conversations, {subjects}, {counts['volumes']:,} volumes"
 
 
 def _duration(seconds: float) -> str:

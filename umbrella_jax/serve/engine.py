@@ -7,37 +7,27 @@ so a second question about a scan neither reads nor encodes it again. Explanatio
 """
 
 import asyncio
-import itertools
 import math
 import threading
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
-from hashlib import blake2b
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from umbrella_jax.batch import AnswerTree
-from umbrella_jax.config.schema import ModalityConfig
 from umbrella_jax.data.answer_trees import Answers, answer_trees, tree_shape
-from umbrella_jax.data.blas import one_blas_thread
-from umbrella_jax.data.cache import Sources
-from umbrella_jax.data.conversation import Conversation, Image
-from umbrella_jax.data.loader import Dataset
-from umbrella_jax.data.tokenize import CachingTokenizer, Encoded, encode_answers, encode_numbers, encode_prompt
-from umbrella_jax.data.volume import companion_files, open_volume, reading_memory
+from umbrella_jax.data.conversation import Conversation
+from umbrella_jax.data.tokenize import CachingTokenizer, Encoded, encode_answers, encode_numbers
 from umbrella_jax.errors import ConfigError, RunError, UmbrellaError
 from umbrella_jax.inference.attribution import Method
-from umbrella_jax.inference.controls import make_controls
 from umbrella_jax.inference.explain import Explanation, explain_dataset
-from umbrella_jax.inference.generate import GREEDY, Decoding, Sampling, encode, prefill, score_answers
+from umbrella_jax.inference.generate import GREEDY, Decoding, Sampling, prefill, score_answers
 from umbrella_jax.inference.lanes import Lanes, advance, draws_of, empty_lanes, enter, first_token
 from umbrella_jax.inference.processor import Processor
 from umbrella_jax.inference.question_batches import text_batch
@@ -46,19 +36,16 @@ from umbrella_jax.scoring.number_grid import NumberGrid
 from umbrella_jax.scoring.numeric import NumberDistributions
 from umbrella_jax.serve.budget import Budget
 from umbrella_jax.serve.readers import Readers
+from umbrella_jax.serve.volumes import Control, VolumeFeatures, Volumes, VolumeStore
 
 _SHORTEST = 64
 """Shortest length to which prompts are padded."""
-_KEPT_BYTES = 1 << 29
-"""Size of the preprocessed volumes that are kept in memory."""
 _SCORED, _SCORED_NODES = 256, 512
 """Answers that are scored at a time, and nodes of their tree, which bound the memory."""
 _ALL_NODES = 8192
 """Nodes of all trees of a question, which bound its time: as many positions as the longest prompt."""
 _PREPARED_BYTES = 2 << 30
 """Memory of the volumes of questions that are read and not answered yet."""
-READ_SECONDS = 120.0
-"""Longest time to read the scans of a question, or to bring a map into the space of a scan."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +61,7 @@ class Question:
     """Answers whose probabilities to return as well."""
     numbers: NumberGrid | None = None
     """Candidate numbers whose probabilities to return as well."""
-    control: Literal["blank"] | None = None
-    """`blank` shows background instead of each scan, see `umbrella_jax.inference.controls`."""
+    control: Control = None
 
 
 @dataclass(frozen=True)
@@ -122,8 +108,7 @@ class _Job:
 
     question: Question
     prompt: Encoded
-    volumes: Mapping[Image, tuple[Any, np.ndarray]]
-    """{distinct image: key under which its features are kept, and the volume}."""
+    volumes: Volumes
     trees: Sequence[tuple[AnswerTree, int]]
     """Answers and candidate numbers to score, a chunk at a time, and how many."""
     send: Callable[[Any], None]
@@ -165,8 +150,9 @@ class Engine:
         self._model = model
         self._graphdef, self._params = split(model)
         self._max_waiting = max_waiting
-        self._volumes = _VolumeStore(processor)
-        self._features = _Features(model, scans_kept)
+        self.readers = Readers() if readers is None else readers
+        self._volumes = VolumeStore(processor, self.readers)
+        self._features = VolumeFeatures(model, scans_kept)
         self._lanes: Lanes | None = None
         self._slots_of_lanes = 0  # of a prompt; each lane has room for an answer besides
         self._busy: list[_Job | None] = [None] * lanes
@@ -176,7 +162,6 @@ class Engine:
         self._asked = self._explained = 0
         self._prepared = Budget(_PREPARED_BYTES)
         self._share = _PREPARED_BYTES // (2 * lanes)  # least part of a question: others wait without their volumes
-        self.readers = Readers() if readers is None else readers
         self._explaining = asyncio.Semaphore(1)
         self._explainer = ThreadPoolExecutor(1, "explain")
         self._thread = threading.Thread(target=self._work, name="model", daemon=True)
@@ -234,22 +219,17 @@ class Engine:
         self._asked += 1
         job: _Job | None = None
         try:
-            prompt, trees = await self._in_thread(partial(self._encode, question))
+            prompt, trees = await self._volumes.in_thread(partial(self._encode, question))
             async with self._prepared.held(self._volume_bytes(prompt)):
-                volumes = await self._read_volumes(question, prompt)
+                volumes = await self._volumes.read(question.conversation, prompt, question.control)
                 events: asyncio.Queue[Any] = asyncio.Queue()
                 loop = asyncio.get_running_loop()
                 job = _Job(question, prompt, volumes, trees, partial(_send, loop, events))
                 with self._changed:
                     self._queue.append(job)
                     self._changed.notify()
-                while True:
-                    event = await events.get()
-                    if isinstance(event, BaseException):
-                        raise event
+                async for event in _events_to(events, CompleteAnswer):
                     yield event
-                    if isinstance(event, CompleteAnswer):
-                        return
         finally:
             self._asked -= 1
             if job is not None:
@@ -281,8 +261,8 @@ class Engine:
             async with self._explaining:
                 events: asyncio.Queue[Any] = asyncio.Queue()
                 send = partial(_send, asyncio.get_running_loop(), events)
-                prompt = await self._in_thread(partial(self._encode_explained, question, answer))
-                dataset = await self._read_dataset(question, prompt)
+                prompt = await self._volumes.in_thread(partial(self._encode_explained, question, answer))
+                dataset = await self._volumes.dataset(question.conversation, prompt, question.control)
 
                 def progress(done: int, total: int) -> None:
                     if gone.is_set():
@@ -300,35 +280,11 @@ class Engine:
                         send(error)
 
                 self._explainer.submit(work)
-                while True:
-                    event = await events.get()
-                    if isinstance(event, BaseException):
-                        raise event
+                async for event in _events_to(events, Explanation):
                     yield event
-                    if isinstance(event, Explanation):
-                        return
         finally:
             gone.set()
             self._explained -= 1
-
-    async def _in_thread(self, function: Callable[[], Any], memory: int = 0) -> Any:
-        """Run a function in a thread that reads. Raises as `Readers.run`."""
-        return await self.readers.run(function, seconds=READ_SECONDS, memory=memory, name="the scans")
-
-    async def _read_volumes(self, question: Question, prompt: Encoded) -> dict[Image, tuple[Any, np.ndarray]]:
-        """Return {distinct image: (key, volume)} of a question. Equal volumes have equal keys."""
-        kept = await self._in_thread(partial(self._volumes.kept, question, prompt))
-        if kept is not None:
-            return dict(kept)
-        memory = await self._in_thread(partial(self._volumes.memory, question))
-        read = await self._in_thread(partial(self._volumes.read, question, prompt), memory)
-        return dict(read)
-
-    async def _read_dataset(self, question: Question, prompt: Encoded) -> Dataset:
-        """Return a data set with the prompt of a question, whose volumes have been read."""
-        memory = await self._in_thread(partial(self._volumes.memory, question))
-        dataset: Dataset = await self._in_thread(partial(self._volumes.dataset, question, prompt), memory)
-        return dataset
 
     def _volume_bytes(self, prompt: Encoded) -> int:
         """Return the part of the memory for volumes that a question takes."""
@@ -563,150 +519,6 @@ class _GoneError(Exception):
     """The client of an explanation has gone away."""
 
 
-class _HeldSources(Sources):
-    """Sources that hold the volumes that they have read."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._volumes = dict[Any, np.ndarray]()
-
-    def load(self, path: str | Path, config: ModalityConfig, window: int = 0) -> np.ndarray:
-        """Return a volume, which is read once."""
-        place = Path(path), config, window
-        if place not in self._volumes:
-            self._volumes[place] = super().load(path, config, window)
-        return self._volumes[place]
-
-
-class _VolumeStore:
-    """Reads the volumes of questions, and keeps the latest ones."""
-
-    def __init__(self, processor: Processor):
-        self._processor = processor
-        self._kept: OrderedDict[Any, np.ndarray] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def kept(self, question: Question, prompt: Encoded) -> dict[Image, tuple[Any, np.ndarray]] | None:
-        """Return {distinct image: (key, volume)} if all volumes are in memory, else None. Opens no file."""
-        if question.control is not None:
-            return None
-        keys = {image: self._key(image) for image in prompt.images}
-        with self._lock:
-            known = {i: (key, self._kept[key]) for i, key in keys.items() if key in self._kept}
-        return known if len(known) == len(keys) else None
-
-    def memory(self, question: Question) -> int:
-        """Return the memory that reading the scans of a question takes, in bytes, from their headers.
-
-        Raises DataError for a file that the modality cannot use.
-        """
-        modalities = self._processor.modalities
-        configs = {image: modalities[image.modality] for image in question.conversation.images}
-        opened = ((open_volume(image.path, config), config) for image, config in configs.items())
-        return max((reading_memory(*own) for own in opened), default=0)
-
-    def dataset(self, question: Question, prompt: Encoded) -> Dataset:
-        """Return a data set with the prompt of a question, whose volumes have been checked and read."""
-        processor, conversation = self._processor, question.conversation
-        sources = _HeldSources()
-        with one_blas_thread():
-            windows = {i: sources.check(i.path, processor.modalities[i.modality]) for i in conversation.images}
-            dataset = Dataset((conversation,), (), (prompt,), windows, processor.modalities, sources)
-            if question.control is not None:
-                (blank,) = make_controls(dataset, processor, [question.control], {})[question.control]
-                dataset = blank.dataset
-            for image in dict.fromkeys(dataset.prompts[0].images):
-                dataset.volume(image)
-        return dataset
-
-    def read(self, question: Question, prompt: Encoded) -> dict[Image, tuple[Any, np.ndarray]]:
-        """Return {distinct image: (key, volume)}. Equal volumes have equal keys."""
-        keys = {image: self._key(image) for image in prompt.images}  # before reading: a later change is another key
-        dataset = self.dataset(question, prompt)
-        volumes = {}
-        for shown, image in zip(dataset.prompts[0].images, prompt.images, strict=True):
-            volume, key = dataset.volume(shown), keys[image] if question.control is None else None
-            if key is None:
-                key = image.modality, blake2b(volume.tobytes(), digest_size=16).digest()
-            else:
-                self._keep(key, volume)
-            volumes[image] = key, volume
-        return volumes
-
-    def encode(self, conversation: Conversation) -> Encoded:
-        """Return the prompt of a conversation; opens no file."""
-        processor = self._processor
-        arguments = processor.tokenizer, processor.modalities, processor.max_length
-        return encode_prompt(conversation, *arguments, template=processor.template)
-
-    def _key(self, image: Image) -> Any:
-        """Return what identifies a file as it is now; None for a directory of frames, whose files may change."""
-        try:
-            files = [image.path, *companion_files(image.path, self._processor.modalities[image.modality])]
-            stats = [(str(file), file.stat()) for file in files]
-        except (OSError, UmbrellaError):  # reading reports it
-            return None
-        if image.path.is_dir():
-            return None
-        return image.modality, *((file, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for file, s in stats)
-
-    def _keep(self, key: Any, volume: np.ndarray) -> None:
-        with self._lock:
-            self._kept[key] = volume
-            self._kept.move_to_end(key)
-            while len(self._kept) > 1 and sum(own.nbytes for own in self._kept.values()) > _KEPT_BYTES:
-                self._kept.popitem(last=False)
-
-
-class _Features:
-    """The features of the latest volumes, in a fixed number of slots per modality."""
-
-    def __init__(self, model: Llava, slots: int):
-        config = model.config
-        width, dtype = config.text.hidden_size, jnp.dtype(config.compute_dtype)
-        device = next(iter(split(model)[1].values())).sharding  # arrays without one would be compiled for once more
-        self._empty = {
-            name: partial(jnp.zeros, (slots, modality.num_patches, width), dtype, device=device)
-            for name, modality in config.modalities.items()
-        }
-        self.arrays = {name: empty() for name, empty in self._empty.items()}
-        """{modality: [slots, patches, width]}, for `prefill`."""
-        self._slots = slots
-        self._kept: dict[str, OrderedDict[Any, int]] = {name: OrderedDict() for name in self.arrays}
-        patches = [slots * self.arrays[name].shape[1] for name in sorted(self.arrays)]
-        starts = [0, *itertools.accumulate(patches)]
-        self._first = dict(zip(sorted(self.arrays), starts, strict=False))  # `Batch.feature_idx`
-
-    def check(self, volumes: Mapping[Image, Any]) -> None:
-        """Raise ConfigError if a question shows more scans of a modality than there are slots."""
-        for name in self.arrays:
-            if (count := sum(image.modality == name for image in volumes)) > self._slots:
-                raise ConfigError(f"{count} {name} scans: this server takes at most {self._slots} in one conversation")
-
-    def put(self, params: Any, graphdef: Any, volumes: Mapping[Image, tuple[Any, np.ndarray]]) -> dict[Image, int]:
-        """Encode volumes that have no slot. Returns the row of `Batch.feature_idx` of each one's first feature."""
-        first = dict[Image, int]()
-        needed = {key for key, _ in volumes.values()}
-        for image, (key, volume) in volumes.items():
-            name, kept = image.modality, self._kept[image.modality]
-            if key not in kept:
-                slot = len(kept)
-                if slot == self._slots:
-                    slot = kept.pop(next(own for own in kept if own not in needed))
-                slots = np.array([slot], np.int32)
-                try:
-                    static: dict[str, Any] = {"graphdef": graphdef, "name": name}
-                    self.arrays[name] = encode(params, volume[None], slots, self.arrays[name], **static)
-                except BaseException:  # the features were donated
-                    self.arrays[name] = self._empty[name]()
-                    kept.clear()
-                    raise
-                kept[key] = slot
-            kept.move_to_end(key)
-            first[image] = self._first[name] + kept[key] * self.arrays[name].shape[1]
-        return first
-
-
 def _round_length(length: int) -> int:
     """Round a prompt's length up to 64, 128, 192, 256, 384, 512, 768 and so on: at most a third is padding."""
     size = _SHORTEST
@@ -753,6 +565,16 @@ def _not_finite() -> RunError:
 
 def _ignore(event: Any) -> None:
     """Send nothing: the `send` of questions that only warm up."""
+
+
+async def _events_to(events: asyncio.Queue[Any], last: type) -> AsyncGenerator[Any]:
+    """Yield the events of a queue up to one of type `last`. Raise one that is an error."""
+    event: Any = None
+    while not isinstance(event, last):
+        event = await events.get()
+        if isinstance(event, BaseException):
+            raise event
+        yield event
 
 
 def _send(loop: asyncio.AbstractEventLoop, events: asyncio.Queue[Any], event: Any) -> None:

@@ -37,10 +37,11 @@ from umbrella_jax.io.reading import parse_json
 from umbrella_jax.scoring.number_grid import NumberGrid, NumberTemplate
 from umbrella_jax.serve.budget import Budget
 from umbrella_jax.serve.description import ModelDescription
-from umbrella_jax.serve.engine import READ_SECONDS, Busy, CompleteAnswer, Engine, ExplainProgress, Question, Text
+from umbrella_jax.serve.engine import Busy, CompleteAnswer, Engine, ExplainProgress, Question, Text
 from umbrella_jax.serve.guard import JSON_BYTES
 from umbrella_jax.serve.responses import ApiError, HoldingResponse, json_response, octets
 from umbrella_jax.serve.scans import ScanHeader, Scans, ServedScan
+from umbrella_jax.serve.volumes import READ_SECONDS
 
 T = TypeVar("T")
 
