@@ -30,11 +30,31 @@ _NAMES = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chr
 _FLAGS = (
     *("--headless", "--no-sandbox", "--hide-scrollbars", "--no-first-run", "--mute-audio", "--disable-extensions"),
     *("--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"),  # WebGL without a graphics card
+    # which would compile each of NiiVue's 48 programs twice: when it is linked, and when it first draws
+    "--disable-angle-features=warmUpPipelineCacheAtLink",
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
     "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1, EXCLUDE localhost",
     "--remote-debugging-port=0",
 )
 _AXE = Path(axe_core_python.__file__).with_name("axe.min.js")
+DISPLAY_RULES = ("color-contrast", "link-in-text-block", "scrollable-region-focusable")
+"""axe-core's rules whose result changes with the width of the window and with the colour scheme."""
+_NO_WEBGL = "HTMLCanvasElement.prototype.getContext = () => null"
+# What sticks out at the right, except what scrolls within its own box; the boxes that scroll, and those that cannot.
+_MEASURE = """(() => {
+  const out = [...document.querySelectorAll("body *")].filter(e =>
+    e.getBoundingClientRect().right > innerWidth + 1 && !e.closest(".scroll, pre"));
+  const boxes = [...document.querySelectorAll(".scroll, pre")];
+  return {
+    whole: document.documentElement.scrollWidth,
+    out: out.map(e => e.outerHTML.slice(0, 90)),
+    cut: boxes.filter(e => e.scrollWidth > e.clientWidth + 1 && getComputedStyle(e).overflowX == "visible").length,
+    pictures: [...document.images].map(e => [e.naturalWidth, e.clientWidth]),
+    tallest: Math.max(0, ...[...document.querySelectorAll("tr")].map(e => e.clientHeight)),
+    smallest: Math.min(...[...document.querySelectorAll("p, td, th, dd, figcaption")].map(e =>
+      parseFloat(getComputedStyle(e).fontSize))),
+  };
+})()"""
 _KEYS = {
     "Tab": (9, ""),
     "Enter": (13, "\r"),
@@ -101,8 +121,12 @@ class Browser:
     ) -> None:
         self.close()
 
-    def open(self, url: str, *, width: int = 1280, height: int = 900, dark: bool = False) -> "Tab":
-        """Open a page in a tab of this size (pixels), wait until it is loaded, and return the tab."""
+    def open(self, url: str, *, width: int = 1280, height: int = 900, dark: bool = False, webgl: bool = True) -> "Tab":
+        """Open a page in a tab of this size (pixels), wait until it is loaded, and return the tab.
+
+        A tab without WebGL shows pictures instead of scans. Drawing scans is slow without a graphics card, so tests
+        that need none use it.
+        """
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         tab = self._tabs[session] = Tab(self, session, target)
@@ -110,6 +134,8 @@ class Browser:
             tab.call(f"{domain}.enable")
         tab.resize(width, height)
         tab.prefer("dark" if dark else "light")
+        if not webgl:
+            tab.call("Page.addScriptToEvaluateOnNewDocument", source=_NO_WEBGL)
         tab.go(url)
         return tab
 
@@ -226,9 +252,23 @@ class Tab:
         """Give the window this many pixels."""
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
 
-    def prefer(self, scheme: str) -> None:
-        """Prefer `light` or `dark` pages."""
-        self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+    def prefer(self, scheme: str, media: str = "screen") -> None:
+        """Prefer `light` or `dark` pages, and show them as on a `screen` or as in `print`."""
+        features = [{"name": "prefers-color-scheme", "value": scheme}]
+        self.call("Emulation.setEmulatedMedia", media=media, features=features)
+
+    def measure(self, width: int, *, dark: bool = False, paper: bool = False) -> dict[str, Any]:
+        """Show the page in this width (pixels), on a screen or as on paper, and return its layout there.
+
+        `whole` is the width of the page with all that sticks `out`, the elements of which are listed; `cut` the number
+        of boxes that should scroll and cannot; `pictures` have their own and their shown width; `tallest` is the height
+        of the tallest row of a table, and `smallest` the size of the smallest text. Sizes are in pixels.
+        """
+        self.resize(width, self.evaluate("innerHeight"))
+        self.prefer("dark" if dark else "light", "print" if paper else "screen")
+        self.wait(f"innerWidth === {width}")
+        layout: dict[str, Any] = self.evaluate(_MEASURE)
+        return layout
 
     def evaluate(self, expression: str) -> Any:
         """Return the JSON value of a JavaScript expression; a promise is waited for."""
@@ -236,6 +276,10 @@ class Tab:
         error = result.get("exceptionDetails")
         assert error is None, f"{expression}: {error.get('exception', {}).get('description', error['text'])}"
         return result["result"].get("value")
+
+    def run(self, body: str) -> Any:
+        """Return the JSON value that the body of an async JavaScript function returns."""
+        return self.evaluate(f"(async () => {{ {body} }})()")
 
     def text(self, selector: str) -> str:
         """Return the text of the first element that matches a selector."""
@@ -296,22 +340,33 @@ class Tab:
         for kind in ("dragEnter", "dragOver", "drop"):
             self.call("Input.dispatchDragEvent", type=kind, x=x, y=y, data=data)
 
-    def screenshot(self, out: Path, *, whole: bool = False) -> Path:
-        """Write the window, or the whole page, as PNG."""
+    def screenshot(self, out: Path, *, selector: str = "") -> Path:
+        """Write the window, or the whole of the first element that matches a selector, as PNG."""
         params: Reply = {}
-        if whole:
-            size = self.call("Page.getLayoutMetrics")["cssContentSize"]
-            clip = {"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1}
+        if selector:
+            clip = self.evaluate(
+                f"""((e) => {{ const {{x, y, width, height}} = e.getBoundingClientRect();
+                  return {{x: x + scrollX, y: y + scrollY, width, height, scale: 1}}; }})
+                (document.querySelector({json.dumps(selector)}))"""
+            )
             params = {"captureBeyondViewport": True, "clip": clip}
-        out.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", format="png", **params)["data"]))
+        picture = self.call("Page.captureScreenshot", format="png", optimizeForSpeed=True, **params)
+        out.write_bytes(base64.b64decode(picture["data"]))
         return out
 
-    def accessibility(self, *, ignore: Sequence[str] = ()) -> list[str]:
-        """Return the violations that axe-core finds, but for rules to `ignore`: rule, help, and the elements."""
+    def print_pdf(self) -> bytes:
+        """Print the page on A4, and return the PDF."""
+        pdf = self.call("Page.printToPDF", paperWidth=8.27, paperHeight=11.69, preferCSSPageSize=True)
+        return base64.b64decode(pdf["data"])
+
+    def accessibility(self, rules: Sequence[str] = ()) -> list[str]:
+        """Return the violations of all of axe-core's usual rules, or of these: rule, help, and the elements."""
         if not self.evaluate("typeof axe === 'object'"):
             self.evaluate(f"{_AXE.read_text(encoding='utf-8')};0")
-        rules = json.dumps({rule: {"enabled": False} for rule in ignore})
-        result = self.evaluate(f"axe.run(document, {{rules: {rules}, resultTypes: ['violations']}})")
+        options: dict[str, Any] = {"resultTypes": ["violations"]}
+        if rules:
+            options["runOnly"] = list(rules)
+        result = self.evaluate(f"axe.run(document, {json.dumps(options)})")
         return [
             f"{found['id']}: {found['help']}: " + " ".join(node["html"][:120] for node in found["nodes"])
             for found in result["violations"]
@@ -341,13 +396,21 @@ class Tab:
 
 
 def check_page(browser: Browser, page: Path) -> None:
-    """Open a page of a command on a wide and a narrow screen, by day and by night, and assert that it is readable,
-    accessible and quiet, that its first scan opens if it has one, and that nothing outside the machine is asked for."""
-    for width, dark in ((1280, False), (400, True)):
-        with browser.open(page.as_uri(), width=width, dark=dark) as tab:
-            assert tab.evaluate("document.documentElement.scrollWidth") == width
-            if tab.evaluate("document.querySelector('.scan[data-volume]') !== null"):
-                tab.evaluate("document.querySelector('.scan[data-volume]').scrollIntoView({behavior: 'instant'})")
-                tab.wait("document.querySelector('.scan.is-open')")
-            assert not (violations := tab.accessibility()), "\n".join(violations)
-            assert (tab.errors, tab.outside) == ([], [])
+    """Open a page of a command, and its first scan if it has one. Assert that the page is legible on a wide screen by
+    day, on a narrow one by night and on A4, that it is accessible, logs no error and asks for nothing from elsewhere.
+    """
+    with browser.open(page.as_uri(), height=300) as tab:  # a low window, which opens few of the scans
+        if tab.evaluate("document.querySelector('.scan[data-volume]') !== null"):
+            tab.evaluate("document.querySelector('.scan[data-volume]').scrollIntoView({behavior: 'instant'})")
+            tab.wait("document.querySelector('.scan.is-open')")
+        for width, dark, paper in (
+            (1280, False, False),
+            (400, True, False),
+            (718, False, True),
+        ):  # A4 within its margins
+            layout = tab.measure(width, dark=dark, paper=paper)
+            assert (layout["whole"], layout["out"], layout["cut"]) == (width, [], 0)
+            assert layout["smallest"] >= 12
+            if not paper:
+                assert not (violations := tab.accessibility(DISPLAY_RULES if dark else ())), "\n".join(violations)
+        assert (tab.errors, tab.outside) == ([], [])

@@ -1,11 +1,16 @@
 """What stands in the page of a run."""
 
+import base64
 import html
 import json
 import re
 from html.parser import HTMLParser
+from io import BytesIO
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from PIL import Image
 
 
 class Page(HTMLParser):
@@ -31,3 +36,8 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.elements.append((tag, dict(attrs)))
+
+
+def read_picture(url: str) -> np.ndarray:
+    """Return the pixels of a `data:` URL, uint8 [height, width, 3]."""
+    return np.asarray(Image.open(BytesIO(base64.b64decode(url.partition(",")[2]))).convert("RGB"))
