@@ -441,6 +441,7 @@ document.querySelectorAll(".scan[data-volume]").forEach((box) => {
   box.addEventListener("webglcontextlost", () => {
     if (!openPanels.has(box)) return;
     closeScan(box);
+    inView.delete(box); // or it would open again, and lose its note, when another scan comes into view
     noteOn(box, "The browser stopped drawing this scan. Scroll away and back to open it again.");
   }, true);
 });
