@@ -400,9 +400,10 @@ def check_page(browser: Browser, page: Path) -> None:
     day, on a narrow one by night and on A4, that it is accessible, logs no error and asks for nothing from elsewhere.
     """
     with browser.open(page.as_uri(), height=300) as tab:  # a low window, which opens few of the scans
-        if tab.evaluate("document.querySelector('.scan[data-volume]') !== null"):
-            tab.evaluate("document.querySelector('.scan[data-volume]').scrollIntoView({behavior: 'instant'})")
-            tab.wait("document.querySelector('.scan.is-open')")
+        first = "document.querySelector('.scan[data-volume]')"
+        if tab.evaluate(f"{first} !== null"):
+            tab.evaluate(f"{first}.scrollIntoView({{behavior: 'instant'}})")
+            tab.wait(f"{first}.classList.contains('is-open')")
         for width, dark, paper in (
             (1280, False, False),
             (400, True, False),
