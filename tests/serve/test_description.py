@@ -2,13 +2,14 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from convert.model_card import TaskMetric, TrainingRecord, training_facts
 from tests.helpers.checkpoints import write_umbrella
-from tests.helpers.served import Served
+from tests.helpers.served import AGE, Served
 from tests.helpers.small_run import read_config, write_config
 from umbrella_jax.checkpoints.checkpoint import Checkpoint
 from umbrella_jax.run.record import read_training_records
@@ -102,6 +103,8 @@ def test_an_export_shows_what_its_run_recorded(served: Served, tmp_path: Path) -
         "interval": [0.8, 0.95],
     }
     assert [gap.effect for gap in described.gaps] == ["the tasks' questions and answers"]
+    units = [replace(task, task=AGE, metric={"name": name}).to_json()["metric"]["unit"] for name in ("mae", "r2")]
+    assert units == ["years", ""]
 
     described = describe(tmp_path, served.run.parent / "train.json")
     tasks = {task.name: task for task in described.tasks}

@@ -281,6 +281,26 @@ def test_numbers_are_shown_as_their_distribution(tab: Tab, served: Served) -> No
     assert summary == f"{expected} · 95 % between {low:g} and {high:g}"
     tab.click(".actions button")
     tab.wait("document.querySelector('.without-line')")
+    blank = served.ask("How old?", extra_body={"umbrella": {"task": "age", "control": "blank"}}).umbrella["numbers"]
+    without = f"Without the scan: expected {blank['expectation']:.4g} years · median {blank['median']:g} · 95 % between"
+    assert names(tab, ".numbers figcaption b")[1].startswith(without)
+
+    # round numbers at both axes, where they belong; medians and intervals at their places
+    assert names(tab, ".numbers .tick") == ["20", "40", "60", "80"]
+    shares = [float(text.removesuffix(" %")) for text in names(tab, ".numbers .share-tick")]
+    assert shares == pytest.approx([shares[1] * i for i in range(len(shares))])
+    assert f"{shares[1]:g}".strip("0.") in ("1", "2", "5")
+    left, right = tab.evaluate("[...document.querySelectorAll('.numbers .tick')].map((e) => e.x.baseVal[0].value)")[::3]
+    places = tab.evaluate(
+        "['with', 'without'].map((kind) => [...document.querySelectorAll(`.numbers :is(line, circle).${kind}`)]"
+        ".flatMap((e) => e.r ? [e.cx.baseVal.value] : [e.x1.baseVal.value, e.x2.baseVal.value]))"
+    )
+    for own, drawn in zip((numbers, blank), places, strict=True):
+        years = [20 + (x - left) / (right - left) * 60 for x in drawn]
+        assert years == pytest.approx([*own["interval_95"], own["median"]], abs=0.01)
+    bars = tab.evaluate("[...document.querySelectorAll('.numbers rect.with')].map((e) => e.height.baseVal.value)")
+    pairs = np.add.reduceat(numbers["probabilities"], range(0, 70, 2))
+    assert np.array(bars) / sum(bars) == pytest.approx(pairs, abs=1e-3)
     assert tab.accessibility() == []
 
 

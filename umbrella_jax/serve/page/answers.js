@@ -1,6 +1,7 @@
 // An answer on the page: its text as it comes, likelihoods, numbers, the answer without the scan, and why.
 
-import { announce, button, element, keepFocus, percent, shortNumber, showError, svg } from "/static/elements.js";
+import { announce, button, element, keepFocus, percent, shortNumber, showError } from "/static/elements.js";
+import { numberFigure } from "/static/numbers.js";
 import { streamEvents } from "/static/requests.js";
 
 const METHODS = {
@@ -9,7 +10,6 @@ const METHODS = {
   occlusion: { name: "occlusion, slowest", says: "Occlusion: how the likelihood changes as one patch after the other is hidden." },
 };
 const UNIT = "nats"; // of log-probabilities
-const MOST_BARS = 40;
 
 // Ask, show the text in `place` as it comes, and return {text, extra}, with `extra` the answer's field `umbrella`.
 async function streamAnswer(body, place, signal) {
@@ -53,60 +53,6 @@ function likelihoodTable(likelihoods, blank) {
     element("caption", {}, "Likelihood of each answer, among these"),
     element("thead", {}, element("tr", {}, ...heads.map((name) => element("th", { scope: "col" }, name === "bars" ? element("span", { className: "unseen" }, name) : name)))),
     element("tbody", {}, ...rows)));
-}
-
-// Sum neighbours, so that a grid of hundreds of candidates has bars that can be seen.
-function binned(values, probabilities) {
-  const each = Math.ceil(values.length / MOST_BARS);
-  const bins = [];
-  for (let i = 0; i < values.length; i += each) {
-    const last = Math.min(i + each, values.length) - 1;
-    bins.push({ from: values[i], to: values[last], share: probabilities.slice(i, last + 1).reduce((a, b) => a + b, 0) });
-  }
-  return bins;
-}
-
-function intervalOf(numbers) {
-  const key = Object.keys(numbers).filter((name) => /^interval_/.test(name)).sort().at(-1);
-  return key ? { level: key.slice("interval_".length), ends: numbers[key] } : null;
-}
-
-function numberFigure(numbers, unit, blank) {
-  const { values, probabilities } = numbers;
-  const bins = binned(values, probabilities);
-  const others = blank ? binned(blank.values, blank.probabilities) : [];
-  const [width, height, left, bottom, top] = [420, 170, 56, 28, 10];
-  const highest = Math.max(...bins.map(({ share }) => share), ...others.map(({ share }) => share), 1e-9);
-  const slot = (width - left - 8) / bins.length;
-  const y = (share) => height - bottom - (share / highest) * (height - bottom - top);
-  const parts = [];
-  for (const share of [0, highest / 2, highest]) {
-    parts.push(svg("line", { x1: left, x2: width - 8, y1: y(share), y2: y(share), class: "grid" }),
-      svg("text", { x: left - 6, y: y(share) + 4, "text-anchor": "end" }, percent(share)));
-  }
-  bins.forEach(({ from, to, share }, i) => {
-    const name = from === to ? shortNumber(from) : `${shortNumber(from)} to ${shortNumber(to)}`;
-    parts.push(svg("rect", { x: left + i * slot + 0.5, y: y(share), width: Math.max(slot - 1, 1), height: height - bottom - y(share), class: "with" },
-      svg("title", {}, `${name} ${unit}: ${percent(share)}`)));
-  });
-  if (others.length === bins.length) {
-    const points = others.map(({ share }, i) => `${left + (i + 0.5) * slot},${y(share)}`).join(" ");
-    parts.push(svg("polyline", { points, class: "without-line" }));
-  }
-  for (const i of new Set([0, Math.floor(bins.length / 2), bins.length - 1])) {
-    parts.push(svg("text", { x: left + (i + 0.5) * slot, y: height - 8, "text-anchor": "middle" }, shortNumber(bins[i].from)));
-  }
-  const interval = intervalOf(numbers);
-  const summary = [
-    `Expected ${shortNumber(numbers.expectation)} ${unit}`.trim(), `median ${shortNumber(numbers.median)}`,
-    interval ? `${interval.level} % between ${interval.ends.map(shortNumber).join(" and ")}` : null,
-    blank ? `without the scan: expected ${shortNumber(blank.expectation)}` : null,
-  ].filter(Boolean).join(" · ");
-  const picture = svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `Probability of each number. ${summary}` }, ...parts);
-  const key = blank ? element("span", { className: "key" }, element("span", { className: "swatch with" }), " with the scan ",
-    element("span", { className: "swatch without" }), " without") : null;
-  return element("figure", { className: "chart numbers" },
-    element("figcaption", {}, element("b", {}, summary), element("br"), `Probability of each number${unit ? `, in ${unit}` : ""} `, key), picture);
 }
 
 // A question with its answer. `scans` are those of the question, `open()` those that are open now; `ended` is the signal

@@ -17,15 +17,15 @@ function newConversation() {
 
 // The model
 
-function metricText({ name, value, interval, chance, n }) {
+function metricText({ name, value, interval, chance, n, unit }) {
   const isShare = value <= 1 && value >= 0 && /accuracy|auc|recall|precision|f1/i.test(name);
   const say = (number) => (isShare ? `${(100 * number).toFixed(1)} %` : shortNumber(number));
-  const parts = [`${name} ${say(value)}`];
+  const result = `${name} ${say(value)} ${unit}`.trim();
   const notes = [];
   if (interval) notes.push(`95 % interval ${interval.map(say).join(" to ")}`);
   if (chance !== null && chance !== undefined) notes.push(`chance ${say(chance)}`);
   if (n) notes.push(`${n} answers`);
-  return notes.length ? `${parts[0]} (${notes.join(", ")})` : parts[0];
+  return notes.length ? `${result} (${notes.join(", ")})` : result;
 }
 
 function currentTask() {
@@ -36,7 +36,7 @@ function currentTask() {
 function showFacts() {
   const measured = model.tasks.filter(({ metric }) => metric);
   const task = currentTask();
-  const brief = ({ name, metric }) => `${name}: ${metric.name} ${/accuracy/i.test(metric.name) ? percent(metric.value) : shortNumber(metric.value)}`;
+  const brief = ({ name, metric }) => `${name}: ${metric.name} ${/accuracy/i.test(metric.name) ? percent(metric.value) : `${shortNumber(metric.value)} ${metric.unit}`.trim()}`;
   const accuracy = task
     ? (task.metric ? `${task.name}: ${metricText(task.metric)}` : `${task.name}: not measured`)
     : measured.slice(0, 3).map(brief).join(" · ") + (measured.length > 3 ? " …" : "") || "not measured";
