@@ -43,7 +43,7 @@ _NO_WEBGL = "HTMLCanvasElement.prototype.getContext = () => null"
 # What sticks out at the right, except what scrolls within its own box; the boxes that scroll, and those that cannot.
 _MEASURE = """(() => {
   const out = [...document.querySelectorAll("body *")].filter(e =>
-    e.getBoundingClientRect().right > innerWidth + 1 && !e.closest(".scroll, pre"));
+    e.getBoundingClientRect().right > innerWidth + 1 && !e.closest(".scroll, pre, nav"));
   const boxes = [...document.querySelectorAll(".scroll, pre")];
   return {
     whole: document.documentElement.scrollWidth,

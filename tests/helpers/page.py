@@ -28,7 +28,7 @@ class Page(HTMLParser):
         self.counts: dict[str, list[int]] = {}
         """{task: its confusion, row by row}"""
         for section in re.findall("<section>(.*?)</section>", self.text, re.DOTALL):
-            task = re.findall("<h3>(.*?)(?: [(].*)?</h3>", section)[0]
+            task = re.findall("<h3.*?>(.*?)(?: [(].*)?</h3>", section)[0]
             self.counts[task] = [int(count) for count in re.findall('data-count="(.*?)"', section)]
             cell = '<td data-figure="(.*?)" data-of="(.*?)" data-value="(.*?)".*?>(.*?)</td>'
             for figure, of, value, text in re.findall(cell, section, re.DOTALL):

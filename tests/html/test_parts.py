@@ -11,9 +11,10 @@ from xml.etree import ElementTree
 
 import nibabel as nib
 import numpy as np
+import PIL.Image
 import pytest
 
-from tests.helpers.devtools import DISPLAY_RULES, Browser
+from tests.helpers.devtools import DISPLAY_RULES, Browser, Tab
 from umbrella_jax.html.axes import Axis, round_numbers
 from umbrella_jax.html.charts import count_table, histogram_of
 from umbrella_jax.html.curves import line_chart
@@ -179,7 +180,38 @@ def brightening(frames: int = 0) -> np.ndarray:
     return volume if not frames else volume[..., None] + 1000 * np.arange(frames, dtype=np.float32)
 
 
-def test_scans_open_in_panels(write: Callable[..., Path], chromium: Browser) -> None:
+def names_of(tab: Tab, selector: str) -> list[str]:
+    """Return the texts of all elements that match."""
+    texts: list[str] = tab.evaluate(f"[...document.querySelectorAll({selector!r})].map((e) => e.textContent)")
+    return texts
+
+
+def check_saved_picture(tab: Tab, file: Path) -> None:
+    """Save the first panel's picture, and assert that it has the colour bar, grey where the map is hidden, and its
+    texts."""
+    tab.evaluate(
+        """HTMLCanvasElement.prototype.toBlob = function () { window.saved = this.toDataURL(); };
+        const plain = CanvasRenderingContext2D.prototype.fillText; window.written = [];
+        CanvasRenderingContext2D.prototype.fillText = function (text, ...at) {
+          window.written.push(text); plain.call(this, text, ...at); }; 0"""
+    )
+    height, width = tab.evaluate("(({height, width}) => [height, width])(document.querySelector('.panel canvas'))")
+    tab.click(".panel-buttons button:last-child")
+    file.write_bytes(base64.b64decode(tab.wait("window.saved").split(",")[1]))
+    written = " · ".join(tab.evaluate("window.written"))
+    for text in ("−1 or less", "+1 or more", "no colour within ±0.6", tab.text(".panel-readout")):
+        assert text in written
+    picture = np.asarray(PIL.Image.open(file).convert("RGB"), int)
+    assert picture.shape[1] == width
+    left, right = 12, 12 + min(width - 24, 480)
+    row = picture[height + 18, left:right]
+    is_grey = np.ptp(row, axis=1) < 20
+    assert is_grey.mean() == pytest.approx(0.6, abs=0.02)
+    assert row[2, 2] > row[2, 0] + 50, "blue at the left"
+    assert row[-2, 0] > row[-2, 2] + 50, "red at the right"
+
+
+def test_scans_open_in_panels(write: Callable[..., Path], chromium: Browser, tmp_path: Path) -> None:
     scans, volume = PageScans(), brightening(3)
     over = embed_map(np.where(volume[..., 0] > 150, 1.0, -0.5), "LAS", (1, 1, 2), limit=1.0, unit="nats")
     panels = [
@@ -227,8 +259,12 @@ def test_scans_open_in_panels(write: Callable[..., Path], chromium: Browser) -> 
         }}))"""
         red, blue = tab.evaluate(count)
         assert min(red, blue) > 2000
+        assert names_of(tab, ".panel-ends span") == ["−1 or less", "0", "+1 or more"]
+        assert tab.text(".panel-scale") == "nats · no colour within ±0.2"
         tab.choose(".panel .slider:nth-child(7) input", "60")  # the map is -0.5 where it is below 0
         assert tab.evaluate(count)[0] > 2000 > 20 * tab.evaluate(count)[1]
+        assert tab.text(".panel-scale") == "nats · no colour within ±0.6"
+        check_saved_picture(tab, tmp_path / "saved.png")
         for width in (1280, 400):  # the crosshair's lines are as wide as on any screen, and little is left black
             tab.resize(width, 1800)
             tab.wait(f"innerWidth === {width} && new Promise((done) => setTimeout(() => done(true), 300))")
@@ -487,6 +523,35 @@ def test_bins_fit_the_numbers(values: list[float], expected: list[tuple[str, tup
         )
     else:
         assert list(plot.counts.rows) == expected
+
+
+def test_the_navigation_stays_on_a_phone_in_one_line_that_follows_the_reader(tmp_path: Path, chromium: Browser) -> None:
+    names = [f"a section with number {i}" for i in range(9)]
+    links = "".join(f'<a href="#s{i}">{name}</a>' for i, name in enumerate(names))
+    text = "line\n" * 60
+    parts = "".join(f'<h2 id="s{i}">{name}</h2><pre>{text}</pre>' for i, name in enumerate(names))
+    body = f'<main><h1>Long</h1><nav aria-label="sections">{links}</nav>{parts}</main>'
+    (tmp_path / "template.html").write_text(
+        TEMPLATE.split("{% block body %}")[0] + f"{{% block body %}}{body}{{% endblock %}}"
+    )
+    render_page(tmp_path / "template.html", tmp_path / "page.html", script=True, scans=None)
+    with chromium.open((tmp_path / "page.html").as_uri(), width=400) as tab:
+        for number in (4, 7):  # into the middle of a section, as by a long jump
+            tab.evaluate(
+                f"document.querySelector('#s{number} + pre').scrollIntoView({{block: 'center', behavior: 'instant'}})"
+            )
+            tab.wait(f"document.querySelector('nav [aria-current]')?.hash === '#s{number}'", 10)
+        nav, link = (
+            tab.evaluate(
+                f"(({{left, right, top, height}}) => [left, right, top, height])({found}.getBoundingClientRect())"
+            )
+            for found in ("document.querySelector('nav')", "document.querySelector('nav [aria-current]')")
+        )
+        assert nav[2] == 0, "it stays at the top"
+        assert nav[3] < 50, "one line"
+        assert nav[0] <= link[0] < link[1] <= nav[1], "the name of the section is in view"
+        assert tab.evaluate("document.documentElement.scrollWidth") == 400
+        assert tab.accessibility() == []
 
 
 def test_pages_without_a_script_allow_none(tmp_path: Path) -> None:

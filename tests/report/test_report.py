@@ -194,6 +194,11 @@ def test_the_first_screen_says_how_much_the_answers_show(page: Page, run: Path, 
     assert "reliance on the scan unknown: the figure may be chance (blank)" in first_screen
     assert "<li>The only control is blank volumes" in first_screen
     assert "Few subjects (age 12, pair 12, side 12): with fewer than 30," in first_screen
+    for number, task in enumerate(("age", "pair", "side"), 1):
+        assert f'<a class="task" href="#task-{number}">{task}</a>' in first_screen
+        assert f'<h3 id="task-{number}">{task} (' in page.text
+    assert f'<a href="#samples">{page.numbers["failures"]} of 36 answers failed</a>.' in first_screen
+    assert '<h2 id="samples">' in page.text
     right = [row | {"prediction": row["reference"]} for row in rows]
     write_rows(tmp_path / "right.blank.jsonl", blanked(rows))
     file = write_rows(tmp_path / "right.jsonl", right)
@@ -381,11 +386,13 @@ def test_explanations_are_laid_over(run: Path, rows: Rows, tmp_path: Path) -> No
     answers = [row | {"prediction": row["reference"]} for row in rows]
     pair = next(row for row in answers if row["metadata"]["task"] == "pair")
     pair["prediction"] = "both"  # the one that failed comes first
+    pair["number"] = {"expectation": 41.2345, "median": 41.0, "interval_80": [30.0, 50.0]}
     words = ["--predictions", write_rows(tmp_path / "answers.jsonl", answers), "--samples", 1, "--explain", "gradient"]
     umbrella("report", run, *words, "--out", tmp_path / "out.html")
     explained = Page(tmp_path / "out.html")
     assert explained.titles[-1] == f"wrong pair · {pair['task_id']}"
     assert "log-probability of “both”:" in explained.text
+    assert "expected 41.23, median 41, 80 % between 30 and 50<" in explained.text
     coloured = [read_picture(str(of["src"])) for tag, of in explained.elements if "speaks for" in str(of.get("alt"))]
     assert len(coloured) == 2  # both of its scans
     for picture in coloured:
@@ -420,6 +427,8 @@ def test_methods_and_commands_are_those_of_the_run(page: Page, run: Path, baseli
     assert "rsfMRI volumes were reoriented to RAS, cut into windows of 4 frames" in text
     assert f"Training took {STEP} steps ({STEP} epochs) of 6 conversations with AdamW (learning rate 0.01," in text
     assert "asked without the evidence (blank). Baselines are cnn, probe;" in text
+    cited = [line.split(": ")[0] for line in re.findall("<li>(.*?)</li>", text)]
+    assert cited == ["Software", "LLaVA", "AdamW", "Bootstrap", "Holm&#39;s method"]
     (commands,) = re.findall('<pre class="to-copy" tabindex="0">(.*?)</pre>', page.text, re.DOTALL)
     words = html.unescape(commands).split("again")[-1].replace("\\\n", " ").split()
     assert words == ["umbrella-jax", "report", str(run), "--baseline", str(baselines), "--samples", "30"]

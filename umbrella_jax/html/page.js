@@ -406,15 +406,18 @@ function addCopying(text) {
   text.after(button);
 }
 
-// The navigation marks the section that is read.
+// The navigation marks the section that is read, and scrolls to its name where it is one line that is too long.
 function enableNavigation(nav) {
   const links = [...nav.querySelectorAll("a")];
   const headings = links.map((link) => document.getElementById(link.hash.slice(1)));
   const mark = () => {
     const current = headings.findLastIndex((heading) => heading.getBoundingClientRect().top < 0.15 * innerHeight);
     links.forEach((link, i) => (i === current ? link.setAttribute("aria-current", "location") : link.removeAttribute("aria-current")));
+    const { offsetLeft: left, offsetWidth: width } = links[Math.max(current, 0)];
+    nav.scrollTo({ left: left - (nav.clientWidth - width) / 2, behavior: "instant" });
   };
-  const crossing = new IntersectionObserver(mark, { rootMargin: "0px 0px -85% 0px" });
+  const above = "10000000px 0px -85% 0px"; // all that is above the line, so that a long jump does not miss a heading
+  const crossing = new IntersectionObserver(mark, { rootMargin: above });
   headings.forEach((heading) => crossing.observe(heading));
 }
 

@@ -188,7 +188,7 @@ class Panel {
       map.colormapNegative = "umbrella-negative";
       map.colormapType = COLOURS_FROM_ZERO;
       const threshold = source.threshold ?? limit / 5;
-      this.#overlay = { map, limit, threshold, unit: source.unit ?? "", isSigned: map.img.some((value) => value < 0) };
+      this.#overlay = { map, limit, threshold, shown: threshold, unit: source.unit ?? "", isSigned: map.img.some((value) => value < 0) };
       map.opacity = OPACITY;
       this.nv.addVolume(map);
     }
@@ -255,8 +255,22 @@ class Panel {
     const { map } = this.#overlay;
     Object.assign(map, { cal_min: Math.min(threshold, 0.999 * limit), cal_max: limit });
     this.nv.updateGLVolume();
-    const share = Math.min(1, threshold / limit);
-    this.#bar.querySelectorAll(".panel-hidden").forEach((part) => { part.style.width = `${100 * share}%`; });
+    this.#overlay.shown = Math.min(threshold, limit);
+    this.#bar.querySelectorAll(".panel-hidden").forEach((part) => { part.style.width = `${(100 * this.#overlay.shown) / limit}%`; });
+    this.#bar.querySelector(".panel-scale").textContent = this.#scaleText();
+  }
+
+  // The unit of the map, and which values have no colour.
+  #scaleText() {
+    const { unit, shown, isSigned } = this.#overlay;
+    const hidden = isSigned ? `no colour within ±${shortNumber(shown)}` : `no colour below ${shortNumber(shown)}`;
+    return [unit, shown > 0 ? hidden : ""].filter(Boolean).join(" · ");
+  }
+
+  // The texts below the bar's ends and its middle.
+  #endTexts() {
+    const { limit, isSigned } = this.#overlay;
+    return [...(isSigned ? [`−${shortNumber(limit)} or less`] : []), "0", `${isSigned ? "+" : ""}${shortNumber(limit)} or more`];
   }
 
   // Make the controls that this volume and this overlay need.
@@ -355,23 +369,77 @@ class Panel {
   }
 
   #savePicture() {
-    this.nv.drawScene(); // a browser may have cleared what was drawn before
-    this.#canvas.toBlob((content) => {
+    this.#picture().toBlob((content) => {
       const link = make("a", { href: URL.createObjectURL(content), download: `${this.#title.replace(/[^\p{L}\p{N}._-]+/gu, "-")}.png` });
       link.click();
       setTimeout(() => URL.revokeObjectURL(link.href), 60000);
     });
   }
 
+  // Draw what the panel shows and, below it, what a reader of the picture needs: place, values, and colours with theirs.
+  #picture() {
+    this.nv.drawScene(); // a browser may have cleared what was drawn before
+    const { width, height } = this.#canvas;
+    const unit = width / this.#canvas.clientWidth; // device pixels of a CSS pixel
+    const [margin, line, bar] = [12 * unit, 20 * unit, 12 * unit];
+    const made = make("canvas", { width });
+    const font = `${13 * unit}px system-ui, sans-serif`;
+    const paper = made.getContext("2d");
+    paper.font = font;
+    const lines = [...(this.#overlay ? [this.#scaleText()] : []), this.#readout.textContent].flatMap((text) => {
+      const rows = [""];
+      for (const part of text.split(" · ")) {
+        const longer = [rows.at(-1), part].filter(Boolean).join(" · ");
+        if (rows.at(-1) && paper.measureText(longer).width > width - 2 * margin) rows.push(part);
+        else rows[rows.length - 1] = longer;
+      }
+      return rows;
+    });
+    made.height = height + 2 * margin + line * lines.length + (this.#overlay ? bar + line : 0);
+    Object.assign(paper, { font, fillStyle: "#000", textBaseline: "top" });
+    paper.fillRect(0, 0, width, made.height);
+    paper.drawImage(this.#canvas, 0, 0);
+    let top = height + margin;
+    if (this.#overlay) {
+      this.#drawBar(paper, margin, top, Math.min(width - 2 * margin, 480 * unit), bar, line);
+      top += bar + line;
+    }
+    paper.fillStyle = "#fff";
+    for (const [i, text] of lines.entries()) paper.fillText(text, margin, top + line * (i + 0.2));
+    return made;
+  }
+
+  // Draw the colour bar with the texts below it.
+  #drawBar(paper, left, top, width, height, line) {
+    const { limit, shown, isSigned } = this.#overlay;
+    const halves = [...(isSigned ? [[NEGATIVE, -1]] : []), [POSITIVE, 1]];
+    const zero = isSigned ? left + width / 2 : left;
+    const length = width / halves.length;
+    for (const [colours, sign] of halves) {
+      const gradient = paper.createLinearGradient(zero, 0, zero + sign * length, 0);
+      colours.I.forEach((at, i) => gradient.addColorStop(at / 255, `rgb(${colours.R[i]} ${colours.G[i]} ${colours.B[i]})`));
+      paper.fillStyle = gradient;
+      paper.fillRect(sign < 0 ? zero - length : zero, top, length, height);
+      paper.fillStyle = "#33383d";
+      paper.fillRect(sign < 0 ? zero - (length * shown) / limit : zero, top, (length * shown) / limit, height);
+    }
+    const texts = this.#endTexts();
+    paper.fillStyle = "#fff";
+    texts.forEach((text, i) => {
+      paper.textAlign = i === 0 ? "left" : i === texts.length - 1 ? "right" : "center";
+      paper.fillText(text, left + (width * i) / (texts.length - 1), top + height + 0.2 * line);
+    });
+    paper.textAlign = "left";
+  }
+
   #buildBar() {
     this.#bar.hidden = !this.#overlay;
     if (!this.#overlay) return;
-    const { limit, unit, isSigned } = this.#overlay;
     const half = (sign) => make("span", { className: `panel-half ${sign}` }, make("span", { className: "panel-hidden" }));
-    const texts = [...(isSigned ? [`−${shortNumber(limit)}`] : []), `0 ${unit}`.trim(), `${isSigned ? "+" : ""}${shortNumber(limit)}`];
     this.#bar.replaceChildren(
-      make("div", { className: "panel-colours", "aria-hidden": "true" }, ...(isSigned ? [half("negative")] : []), half("positive")),
-      make("div", { className: "panel-ends" }, ...texts.map((text) => make("span", {}, text))));
+      make("div", { className: "panel-colours", "aria-hidden": "true" }, ...(this.#overlay.isSigned ? [half("negative")] : []), half("positive")),
+      make("div", { className: "panel-ends" }, ...this.#endTexts().map((text) => make("span", {}, text))),
+      make("div", { className: "panel-scale" }, this.#scaleText()));
   }
 
   // Sagittal slices count from the patient's right, as they appear from left to right.

@@ -34,6 +34,44 @@ def methods(facts: Facts) -> list[str]:
     ]
 
 
+def references(facts: Facts, explain: str | None = None) -> Iterator[str]:
+    """Yield the publications behind what `methods` and the page's figures name, each after what it is cited for.
+
+    Args:
+        explain: the attribution method of the page's maps.
+    """
+    config = facts.config
+    yield f"Software: umbrella-jax, version {facts.versions['umbrella-jax']}."
+    yield "LLaVA: Liu H, Li C, Wu Q, Lee YJ. Visual instruction tuning. NeurIPS 2023. arXiv:2304.08485."
+    if config.model.lora:
+        yield "LoRA: Hu EJ et al. LoRA: low-rank adaptation of large language models. ICLR 2022. arXiv:2106.09685."
+    yield "AdamW: Loshchilov I, Hutter F. Decoupled weight decay regularization. ICLR 2019. arXiv:1711.05101."
+    if config.train.number_loss and config.train.number_loss.form == "squared_error_of_expectation":
+        yield (
+            "Loss over candidate numbers (RAFT): Lukasik M et al. Better autoregressive regression with LLMs via "
+            "regression-aware fine-tuning. ICLR 2025."
+        )
+    if config.evaluation.resamples:
+        yield (
+            "Bootstrap: Efron B, Tibshirani RJ. An introduction to the bootstrap. Chapman & Hall 1993. "
+            "doi:10.1201/9780429246593."
+        )
+    if facts.intervals and facts.intervals.levels:
+        yield (
+            "CRPS: Gneiting T, Raftery AE. Strictly proper scoring rules, prediction, and estimation. J Am Stat Assoc "
+            "2007;102:359-378. doi:10.1198/016214506000001437."
+        )
+    if facts.baselines:
+        yield (
+            "Holm's method: Holm S. A simple sequentially rejective multiple test procedure. Scand J Stat 1979;6:65-70."
+        )
+    if explain == "integrated":
+        yield (
+            "Integrated gradients: Sundararajan M, Taly A, Yan Q. Axiomatic attribution for deep networks. ICML 2017. "
+            "arXiv:1703.01365."
+        )
+
+
 def _model(facts: Facts) -> str:
     model, config = facts.model, facts.config.model
     (trained, frozen), parts = facts.trains[TOTAL], (name for name in facts.trains if name != TOTAL)

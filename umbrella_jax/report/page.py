@@ -24,7 +24,7 @@ from umbrella_jax.report.answer_table import answer_table
 from umbrella_jax.report.evidence import abstract, limitations, task_summaries
 from umbrella_jax.report.facts import Facts, Sample, check_run, read_facts
 from umbrella_jax.report.figures import calibration_chart, coverage_chart, curve_charts, curves, number_chart
-from umbrella_jax.report.methods import counted, methods
+from umbrella_jax.report.methods import counted, methods, references
 from umbrella_jax.rundir import CHECKPOINTS, CONFIG, REPORT, Step
 from umbrella_jax.scoring.fields import compare_fields
 from umbrella_jax.scoring.metrics import Figure, short
@@ -93,6 +93,8 @@ def write_report(
         evaluated=facts.data.get("eval", {}).get("conversations"),
         settings=list(_settings(facts)),
         methods=methods(facts),
+        references=list(references(facts, explain)),
+        task_ids={name: f"task-{number}" for number, name in enumerate(facts.scores.tasks, 1)},
         commands=_commands(
             facts,
             None if own else file,
@@ -236,6 +238,7 @@ def _card(facts: Facts, sample: Sample, explained: Explanation | None, scans: Pa
         "fields": [] if task.schema is None else compare_fields(task, row),
         "right": row["reference"].strip() or task.truth(row),
         "likelihoods": {} if sample.row.get("number") else sample.row.get("likelihoods") or {},
+        "distribution": _distribution(row["number"], task.unit) if row.get("number") else "",
         "explained": explained,
         "turns": [
             (m.role, [f"[{names[part]}: {part.modality}]" if isinstance(part, Image) else part for part in m.parts])
@@ -250,6 +253,18 @@ def _card(facts: Facts, sample: Sample, explained: Explanation | None, scans: Pa
             for image, number in names.items()
         ],
     }
+
+
+def _distribution(number: Mapping[str, Any], unit: str | None) -> str:
+    """Return the expectation, median and intervals of a row's `number`."""
+    intervals = {name.removeprefix("interval_"): ends for name, ends in number.items() if name.startswith("interval_")}
+    return ", ".join(
+        (
+            f"expected {number['expectation']:.4g} {unit or ''}".strip(),
+            f"median {number['median']:g}",
+            *(f"{level} % between {low:g} and {high:g}" for level, (low, high) in intervals.items()),
+        )
+    )
 
 
 def _volume(
