@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -19,7 +20,7 @@ from umbrella_jax.data.conversation import Conversation, Conversations, Image, M
 from umbrella_jax.data.loader import Dataset
 from umbrella_jax.data.validation.checks import check_overlap, validate
 from umbrella_jax.data.validation.contents import ContentsReader
-from umbrella_jax.data.validation.findings import FINDING_KINDS, Finding, ValidationReport, histogram
+from umbrella_jax.data.validation.findings import FINDING_KINDS, Finding, ValidationReport, as_numbers, histogram
 from umbrella_jax.data.voxels import open_voxels
 from umbrella_jax.errors import ConfigError, DataError
 from umbrella_jax.html import page as html_page
@@ -298,6 +299,22 @@ def test_answers(config, ask, nifti, write_json, record):
     }  # fmt: skip
     (note,) = reported(report, "note", "task_id")[:1]
     assert "'S01' 19 times" in note.reason
+
+
+@pytest.mark.parametrize(
+    ("answers", "numbers"),
+    [
+        (["20", "31.5", "1e-3", ".5", "7.", ""], [20, 31.5, 1e-3, 0.5, 7]),
+        (["20 years.", "31 years."], [20, 31]),
+        (["−2.5", "3"], [-2.5, 3]),
+        (["20 years.", "240 months."], None),
+        (["site 1", "site 2"], None),
+        (["1st", "2nd"], None),
+        (["20 or 30", "20"], None),
+    ],
+)
+def test_numbers_with_the_same_text_are_numbers(answers: list[str], numbers: list[float] | None) -> None:
+    assert as_numbers({"train": Counter(answers)}) == (None if numbers is None else {"train": numbers})
 
 
 def test_lengths(config, ask, record, nifti, write_json, tokenizer):

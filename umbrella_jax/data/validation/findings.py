@@ -16,6 +16,9 @@ from umbrella_jax.console import plural, table_lines, wrapped
 from umbrella_jax.data.conversation import Conversation
 from umbrella_jax.errors import visible
 
+_NUMBER = re.compile(r"([-+\N{MINUS SIGN}]?(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?)(?!\w)(\D*)")
+"""A number, and a text after it without another one."""
+
 Severity = Literal["fault", "warning", "note"]
 SEVERITIES: tuple[Severity, ...] = get_args(Severity)
 SETS = ("train", "eval")
@@ -329,11 +332,16 @@ def _task_tables(report: ValidationReport) -> Iterator[StatisticsTable]:
 
 
 def as_numbers(answers: Mapping[str, Counter[str]]) -> dict[str, list[float]] | None:
-    """Return the answers of each set as numbers, None if an answer is neither blank nor a number."""
-    try:
-        return {name: [float(answer) for answer in c.elements() if answer] for name, c in answers.items()}
-    except ValueError:
+    """Return the answers of each set as numbers; None if one is neither blank nor a number.
+
+    A number may have a text after it, such as `64 years.`, if all have the same: numbers in several units have no
+    distribution. After a text, as in `site 12`, it counts as part of a name.
+    """
+    matches = {answer: _NUMBER.fullmatch(answer.strip()) for c in answers.values() for answer in c if answer}
+    if not all(matches.values()) or len({match[2].strip(" .") for match in matches.values() if match}) > 1:
         return None
+    numbers = {answer: float(match[1].replace("\N{MINUS SIGN}", "-")) for answer, match in matches.items() if match}
+    return {name: [numbers[answer] for answer in c.elements() if answer] for name, c in answers.items()}
 
 
 def _volume_tables(report: ValidationReport, modality: str) -> Iterator[StatisticsTable]:
