@@ -391,6 +391,7 @@ def test_explanations_are_laid_over(run: Path, rows: Rows, tmp_path: Path) -> No
     umbrella("report", run, *words, "--out", tmp_path / "out.html")
     explained = Page(tmp_path / "out.html")
     assert explained.titles[-1] == f"wrong pair · {pair['task_id']}"
+    assert "red raises it, blue lowers it" in explained.text.split('id="sample-1"')[0], "also if the panels are open"
     assert "log-probability of “both”:" in explained.text
     assert "expected 41.23, median 41, 80 % between 30 and 50<" in explained.text
     coloured = [read_picture(str(of["src"])) for tag, of in explained.elements if "speaks for" in str(of.get("alt"))]
