@@ -525,6 +525,16 @@ def test_bins_fit_the_numbers(values: list[float], expected: list[tuple[str, tup
         assert list(plot.counts.rows) == expected
 
 
+def test_bins_of_whole_numbers_hold_as_many_numbers_each() -> None:
+    plot = histogram_of("age", {"train": np.arange(20.0, 92)}, axis="age", counted="subjects")
+    assert plot is not None
+    assert [name for name, _ in plot.counts.rows][::17] == ["20 to 23", "88 to 91"]
+    assert {counts for _, counts in plot.counts.rows} == {(4,)}
+    plot = histogram_of("large", {"train": np.array([-8e149, *range(20), 9e149])}, axis="a", counted="b")
+    assert plot is not None
+    assert sum(counts[0] for _, counts in plot.counts.rows) == 22
+
+
 def test_the_navigation_stays_on_a_phone_in_one_line_that_follows_the_reader(tmp_path: Path, chromium: Browser) -> None:
     names = [f"a section with number {i}" for i in range(9)]
     links = "".join(f'<a href="#s{i}">{name}</a>' for i, name in enumerate(names))

@@ -118,9 +118,12 @@ def histogram_of(
         logarithmic = low > 0 and high / low >= _LOGARITHMIC
         whole = integers and not logarithmic
         edges = np.geomspace(low, high, bins + 1) if logarithmic else np.linspace(low, high, bins + 1)
-        if whole:
-            edges = np.unique(np.linspace(low, high + 1, min(bins, int(high - low) + 1) + 1).round())
-        edges[0], edges[-1] = low, high + whole  # geomspace rounds
+        edges[0], edges[-1] = low, high  # geomspace rounds
+        if whole:  # as many numbers in each bin, since a bin of four would stand out beside one of three
+            span = int(high - low) + 1
+            in_a_bin = -(-span // bins)
+            edges = low + float(in_a_bin) * np.arange(-(-span // in_a_bin) + 1, dtype=np.float64)
+            edges[-1] = max(edges[-1], high)  # numbers beyond 2**53 are rounded
         counts = {name: np.histogram(row, edges)[0].tolist() for name, row in arrays.items()}
         names = [f"{a:g}" if whole and b - a == 1 else f"{a:.4g} to {b - whole:.4g}" for a, b in pairwise(edges)]
         scale: Callable[[np.ndarray], np.ndarray] = np.log if logarithmic else np.asarray
