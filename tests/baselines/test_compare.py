@@ -152,6 +152,7 @@ def test_the_network_learns_how_bright_a_blob_is(optimised_network: None) -> Non
     assert error < np.abs(10 * (others.values - np.median(others.values))).mean() / 2
 
 
+@pytest.mark.slow
 def test_the_epoch_is_the_one_that_is_best_on_those_held_out(optimised_network: None) -> None:
     """With flipped labels on the held-out questions, learning raises their loss, so an early epoch is best."""
     blobs = Blobs()

@@ -144,8 +144,10 @@ def test_trained_parameters_differ_from_the_base(world: World, part: Path) -> No
         assert (after[name].reshape(-1) != before[name].reshape(-1)).any(), name
 
 
-@pytest.mark.parametrize("configured", [OLD, NEW])
-@pytest.mark.parametrize("names", [OLD, NEW])
+@pytest.mark.parametrize(
+    ("names", "configured"),
+    [(OLD, NEW), (NEW, OLD), *(pytest.param(own, own, marks=pytest.mark.slow) for own in (OLD, NEW))],
+)
 def test_from_hf(
     world: World,
     files: dict[tuple[str, str], Path],
@@ -163,7 +165,7 @@ def test_from_hf(
     same(parameters(umbrella_jax.load(tmp_path / "export")), trained, configured)
 
 
-@pytest.mark.parametrize("names", [OLD, NEW])
+@pytest.mark.parametrize("names", [pytest.param(OLD, marks=pytest.mark.slow), NEW])
 def test_load(
     world: World, files: dict[tuple[str, str], Path], trained: dict[str, np.ndarray], names: tuple[str, str]
 ) -> None:
@@ -175,7 +177,7 @@ def test_load(
     same(half, {path: leaf.astype("bfloat16") for path, leaf in trained.items()}, names)
 
 
-@pytest.mark.parametrize("names", [OLD, NEW])
+@pytest.mark.parametrize("names", [pytest.param(OLD, marks=pytest.mark.slow), NEW])
 def test_pytorch(
     run: Path, world: World, files: dict[tuple[str, str], Path], tmp_path: Path, names: tuple[str, str]
 ) -> None:

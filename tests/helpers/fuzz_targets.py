@@ -37,7 +37,7 @@ from umbrella_jax.data.conversation import Conversation, read_conversations
 from umbrella_jax.data.volume import load_volume
 from umbrella_jax.errors import CheckpointError, ConfigError, DataError, UmbrellaError
 
-SECONDS = float(os.environ.get("UMBRELLA_FUZZ_SECONDS", "4"))
+SECONDS = float(os.environ.get("UMBRELLA_FUZZ_SECONDS", "2"))
 """Of each target in the suite."""
 LENGTH = 4096
 """Bytes that an input is made from."""

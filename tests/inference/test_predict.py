@@ -98,6 +98,7 @@ def test_answers_depend_on_neither_batch_nor_devices(
     _same(read_lines(tmp_path / "out"), whole)
 
 
+@pytest.mark.slow
 def test_controls_depend_on_neither_batch_nor_devices(
     run: Path, data: Path, whole: list[dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -458,6 +459,7 @@ def test_explain_reads_the_section_data(world: World, run: Path, tmp_path: Path)
     assert "none of 3 conversations matches task_filter absent" in umbrella("explain", run, *flags, code=2)
 
 
+@pytest.mark.slow  # of the functions, tests/inference/test_generate.py has it
 def test_weights_that_are_not_finite_answer_nothing(world: World, run: Path, tmp_path: Path) -> None:
     """One NaN tensor of a modality that training does not touch: every command names it, and the run is kept."""
     path, base = "vision_tower.vision_model.embeddings.rsfMRI_proj.bias", tmp_path / "base"

@@ -28,12 +28,18 @@ CASES = {  # B, T, S, H, K, Dh
 }
 CPU = [
     *(("xla", case, causal, "float32") for case in ("grouped", "wide", "other keys") for causal in (True, False)),
-    *(("splash", case, case != "wide", "float32") for case in ("grouped", "wide", "other keys")),
+    *(("splash", case, True, "float32") for case in ("grouped", "other keys")),
+    pytest.param("splash", "wide", False, "float32", marks=pytest.mark.slow),
     *(
         pytest.param("splash", c, c == "wide", "float32", marks=pytest.mark.slow)
         for c in ("grouped", "wide", "other keys")
     ),
-    *((backend, case, case == "grouped", "bfloat16") for backend in ("xla", "splash") for case in ("grouped", "wide")),
+    ("xla", "grouped", True, "bfloat16"),
+    ("splash", "wide", False, "bfloat16"),
+    *(
+        pytest.param(backend, case, case == "grouped", "bfloat16", marks=pytest.mark.slow)
+        for backend, case in (("xla", "wide"), ("splash", "grouped"))
+    ),
     ("splash", "one kv head", True, "float32"),
     ("splash", "a volume", False, "float32"),
 ]

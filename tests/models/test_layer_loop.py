@@ -46,7 +46,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("remat", ["none", pytest.param("mlp", marks=pytest.mark.slow), "full"])
+@pytest.mark.parametrize("remat", [*(pytest.param(p, marks=pytest.mark.slow) for p in ("none", "mlp")), "full"])
 def test_gradients_are_those_of_scanned_layers(remat):
     """For layers of which one weight trains, in its stack, and the others are frozen, each on its own."""
     config = SiglipConfig(

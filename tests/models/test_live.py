@@ -172,6 +172,7 @@ def test_stock_call_gives_the_same(both):
         assert relative(logits[0], both.logits[b]) <= 1e-5
 
 
+@pytest.mark.slow  # of qwen2, tests/models/test_golden.py has them
 def test_ten_adamw_steps(both):
     """Losses, gradient norms, the first step's gradients, and the patch embedding that the steps end with."""
     train = TrainConfig(learning_rate=1e-2, decay_bias=True, eps=1e-4)  # else rounding decides an update

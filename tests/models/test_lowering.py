@@ -41,7 +41,12 @@ def kernels(module: str) -> Counter[str]:
 
 @pytest.mark.parametrize(
     ("size", "native", "remat"),
-    [("0.5b", "splash", "none"), ("0.5b", "cudnn", "full"), ("7b", "splash", "full"), ("7b", "cudnn", "mlp")],
+    [
+        pytest.param("0.5b", "splash", "none", marks=pytest.mark.slow),
+        ("0.5b", "cudnn", "full"),
+        ("7b", "splash", "full"),
+        pytest.param("7b", "cudnn", "mlp", marks=pytest.mark.slow),
+    ],
 )
 def test_the_whole_step_lowers(size, native, remat, tmp_path):
     """At full width with two layers each, every tower has one forward kernel, which only `full` runs twice."""

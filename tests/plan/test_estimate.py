@@ -345,7 +345,9 @@ def one_layer_flops(
         return ours, cost["flops"]
 
 
-@pytest.mark.parametrize(("size", "remat"), [("0.5b", "none"), ("0.5b", "full"), ("7b", "mlp")])
+@pytest.mark.parametrize(
+    ("size", "remat"), [pytest.param("0.5b", "none", marks=pytest.mark.slow), ("0.5b", "full"), ("7b", "mlp")]
+)
 def test_flops_are_xlas(size: str, remat: RematPolicy) -> None:
     ours, xlas = one_layer_flops(size, remat)
     assert ours == pytest.approx(xlas, rel=0.05)
@@ -357,7 +359,7 @@ def test_flops_of_qwen3_are_xlas() -> None:
     assert ours == pytest.approx(xlas, rel=0.05)
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("remat", [pytest.param("none", marks=pytest.mark.slow), "full"])
 def test_flops_of_adapters_are_xlas(remat: RematPolicy) -> None:
     """A large rank adds its share to the step."""
     without, theirs_without = one_layer_flops("0.5b", remat)

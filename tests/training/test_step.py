@@ -93,7 +93,7 @@ def case_of_three_updates():
     return make_case(config, params, CONFIG, make_schedule(CONFIG, 3))
 
 
-@pytest.mark.parametrize("entry", [False, True])
+@pytest.mark.parametrize("entry", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_absent_modality_stays_as_it_is(entry, case_of_three_updates):
     """Neither momentum nor decay moves it in a step that shows none of its volumes, with or without padding volumes."""
     case = case_of_three_updates
