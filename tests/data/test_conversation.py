@@ -1,13 +1,15 @@
 """Reading conversation files: schemas, places of images, filters, and refused files."""
 
 import json
+import random
 import re
 from dataclasses import replace
 
 import pytest
 
 from umbrella_jax.config.schema import ModalityConfig
-from umbrella_jax.data.conversation import Conversations, Image, read_conversations
+from umbrella_jax.data import conversation
+from umbrella_jax.data.conversation import Conversations, Image, read_conversations, scan_conversations
 from umbrella_jax.errors import DataError
 
 NAMES = ("T1", "rsfMRI")
@@ -642,3 +644,94 @@ def test_columns_give_every_conversation_back(record, write_json):
     sources = ["a.json", "a.json[03]", "b:12", "a[3]:7"]
     others = [replace(first, source=source, task_type=None) for source in sources]
     assert list(Conversations([*stored, *others])) == [*stored, *others]
+
+
+PATHS = ("sub-1/a.nii", "sub-1//a.nii", "sub-2/ses-1/sub-2_T1w.nii", "/abs/sub-3.nii", "./sub-1/a.nii", "é.nii")
+TEXTS = ("yes", "no", "", "a <b", "What is the sex?")
+IDS = ("sub-1", "1", "2", "sub-9", 1, 1.0, True)
+ODD = (
+    None,
+    "",
+    0,
+    1,
+    1.0,
+    True,
+    float("nan"),
+    [],
+    {},
+    ["a"],
+    {"a": 1},
+    "assistant",
+    "tool",
+    "image_url",
+    "PET",
+    "fMRI",
+)
+ODD += ("<image>", "what <image> is", "<|im_end|>", "<|im_start|>user", "../b.nii", "sub-1/../../c.nii", "sub-1\\a.nii")
+ODD += ("C:/a.nii", "x/../sub-1/a.nii")
+MORE = ("images", "id", "messages", "subject_ids", "from", "value", "window", "path", "reference_id", "reference_ids")
+LISTED = ([{"path": "sub-1/a.nii", "modality": "T1"}], [{"path": "sub-1/a.nii"}, {}], ["sub-1/a.nii"], [1, "sub-7"])
+
+
+def make_plain(draw):
+    """A random plain record."""
+
+    def part(role):
+        if role != "user" or draw.random() < 0.5:
+            return {"type": "text", "text": draw.choice(TEXTS)}
+        return {"type": "image", "modality": draw.choice(("sMRI", "T1", "rsfMRI")), "image_path": draw.choice(PATHS)}
+
+    roles = [role for _ in range(draw.randint(1, 2)) for role in ("user", "assistant")]
+    turns = [{"role": role, "content": [part(role) for _ in range(draw.randint(0, 3))]} for role in roles]
+    metadata = {"task": draw.choice(TEXTS), "subject_id": draw.choice(IDS), "age": draw.choice((20, 20.5))}
+    return {"task_id": draw.choice("ab"), "task_type": "T1", "conversations": turns, "metadata": metadata}
+
+
+def values_in(value):
+    """Every (object or list, key or index) in a JSON value."""
+    for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+        yield value, key
+        yield from values_in(value[key])
+
+
+def alter(record, draw):
+    """Replace, remove or add a value of a record."""
+    within, key = draw.choice(list(values_in(record)))
+    action = draw.choice(("replace", "replace", "remove", "add"))
+    if action == "replace":
+        within[key] = draw.choice(ODD)
+    elif action == "remove":
+        del within[key]
+    elif isinstance(within, dict):
+        within[draw.choice(MORE)] = draw.choice((*ODD, *LISTED, *IDS))
+    else:
+        within.append(draw.choice(ODD))
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json"])
+def test_plain_records_mean_the_same_in_both_parsers(tmp_path, monkeypatch, suffix):
+    draw, number = random.Random(0), 0
+    for _ in range(500):
+        records = [make_plain(draw) for _ in range(draw.randint(1, 4))]
+        for record in records:
+            for _ in range(draw.choice((0, 0, 1, 1, 2))):
+                if record:
+                    alter(record, draw)
+        path, allow = tmp_path / f"a{suffix}", draw.random() < 0.3
+        path.write_text(json.dumps(records) if suffix == ".json" else "".join(json.dumps(r) + "\n" for r in records))
+        plain, plain_faults = scan_conversations(path, NAMES, allow_outside_root=allow)
+        with monkeypatch.context() as patch:
+            patch.setattr(conversation._PlainParser, "add", lambda *_: False)
+            full, full_faults = scan_conversations(path, NAMES, allow_outside_root=allow)
+        assert plain_faults == full_faults, records
+        assert repr(list(plain)) == repr(list(full)), records  # not ==, by which 1, 1.0 and true are the same
+        assert (plain.images, plain.messages, set(plain.subjects)) == (full.images, full.messages, set(full.subjects))
+        number += len(plain)
+    assert number > 500
+
+
+def test_plain_records_need_one_parser_only(write_json, record, monkeypatch):
+    turns = [("user", ["sMRI:sub-1/a.nii", "Sex?"]), ("assistant", ["female."])]
+    path = write_json("a.jsonl", [record(turns, task_type="T1", metadata={"task": "sex"})] * 3)
+    monkeypatch.setattr(conversation._Parser, "parse", None)
+    assert len(read_conversations(path, NAMES)) == 3

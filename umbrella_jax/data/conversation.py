@@ -30,6 +30,9 @@ T = TypeVar("T")
 _KNOWN_MESSAGES = 10_000
 """Number of messages of a single text that the parser recognises; files with more have few that are equal."""
 _SUFFIXES = (".json", ".jsonl")
+_PLAIN_KEYS = frozenset(("task_id", "task_type", "conversations", "metadata"))
+_TOKEN = re.compile("|".join(map(re.escape, (IMAGE_MARKER, TURN_START, TURN_END))))
+"""Texts with one of these are read by `_Parser` alone: it puts images at markers and refuses forged turns."""
 _EACH = "expected a conversation, an object, in each line"
 _LIST = "expected a conversation, an object, or a list of them"
 _SPLIT = re.compile(
@@ -156,44 +159,28 @@ class Conversations(Sequence[Conversation]):
     """The distinct `Conversation.subjects`, in the order of first appearance."""
 
     def __init__(self, conversations: Iterable[Conversation]):
-        images, subjects, sources = dict[Image, int](), dict[str, int](), dict[tuple[str, str], int]()
-        messages: dict[tuple[str, tuple[str | None, ...], bool], int] = {}
-        keys: dict[tuple[str, ...], tuple[str, ...]] = {}
-        message_rows, image_rows, subject_rows = _RaggedBuilder(), _RaggedBuilder(), _RaggedBuilder()
-        value_ends, source_codes, numbers = array("q", [0]), array("i"), array("q")
-        self._task_ids, self._task_types = list[str](), list[str | None]()
-        self._keys, self._values = list[tuple[str, ...]](), list[Any]()
+        columns = _Columns()
         for conversation in conversations:
-            self._task_ids.append(conversation.task_id)
-            self._task_types.append(conversation.task_type)
-            for message in conversation.messages:
-                parts = tuple([part if isinstance(part, str) else None for part in message.parts])
-                message_rows.add(messages.setdefault((message.role, parts, message.inline), len(messages)))
-                if None in parts:
-                    for part in message.parts:
-                        if not isinstance(part, str):
-                            image_rows.add(images.setdefault(part, len(images)))
-            message_rows.end_row()
-            image_rows.end_row()
-            own = tuple(conversation.metadata)
-            self._keys.append(keys.setdefault(own, own))
-            self._values.extend(conversation.metadata.values())
-            value_ends.append(len(self._values))
-            for name in conversation.subjects:
-                subject_rows.add(subjects.setdefault(name, len(subjects)))
-            subject_rows.end_row()
-            head, number, tail = _split_source(conversation.source)
-            source_codes.append(sources.setdefault((head, tail), len(sources)))
-            numbers.append(number)
-        self.images, self.subjects, self._sources = list(images), list(subjects), list(sources)
+            columns.add(conversation)
+        self._set(columns)
+
+    @classmethod
+    def _from_columns(cls, columns: "_Columns") -> "Conversations":
+        conversations = cls.__new__(cls)
+        conversations._set(columns)
+        return conversations
+
+    def _set(self, columns: "_Columns") -> None:
+        self.images, self.subjects, self._sources = list(columns.images), list(columns.subjects), list(columns.sources)
         self.messages = [
             Message(role, tuple([_ANY_IMAGE if part is None else part for part in parts]), inline)
-            for role, parts, inline in messages
+            for role, parts, inline in columns.messages
         ]
-        self.message_rows, self.image_rows, self._subject_rows = (
-            builder.rows() for builder in (message_rows, image_rows, subject_rows)
-        )
-        self._value_ends, self._source_codes, self._numbers = value_ends, source_codes, numbers
+        self.message_rows, self.image_rows = columns.message_rows.rows(), columns.image_rows.rows()
+        self._subject_rows = columns.subject_rows.rows()
+        self._task_ids, self._task_types = columns.task_ids, columns.task_types
+        self._keys, self._values, self._value_ends = columns.keys, columns.values, columns.value_ends
+        self._source_codes, self._numbers = columns.source_codes, columns.numbers
 
     def metadata_values(self, key: str) -> Iterator[Any]:
         """Yield the value of a key for each conversation whose `metadata` has it."""
@@ -222,25 +209,83 @@ class Conversations(Sequence[Conversation]):
             task_type=self._task_types[index],
             messages=tuple([_with_images(message, images) for message in messages]),
             metadata=dict(zip(self._keys[index], values, strict=True)),
-            source=head if number < 0 else f"{head}{number}{tail}",
+            source=_join_source(head, number, tail),
             subjects=frozenset([self.subjects[code] for code in self._subject_rows[index].tolist()]),
         )
 
 
 class _RaggedBuilder:
-    """Collects a `Ragged` value by value."""
+    """Collects a `Ragged` row by row."""
 
     def __init__(self) -> None:
         self._values, self._ends = array("i"), array("q", [0])
-        self.add = self._values.append
 
-    def end_row(self) -> None:
+    def add_row(self, values: Iterable[int]) -> None:
+        self._values.extend(values)
         self._ends.append(len(self._values))
 
     def rows(self) -> "Ragged":
         from umbrella_jax.data.ragged import Ragged  # imported here: the command line must not wait for NumPy
 
         return Ragged.from_arrays(self._values, self._ends)
+
+
+_MessageKey = tuple[str, tuple[str | None, ...], bool]
+"""Role, parts with None for each image, and `Message.inline`."""
+
+
+class _Columns:
+    """Collects the columns of `Conversations`, each distinct value once: dictionaries are {value: index}."""
+
+    def __init__(self) -> None:
+        self.images, self.subjects, self.sources = dict[Image, int](), dict[str, int](), dict[tuple[str, str], int]()
+        self.messages: dict[_MessageKey, int] = {}
+        self.message_rows, self.image_rows, self.subject_rows = _RaggedBuilder(), _RaggedBuilder(), _RaggedBuilder()
+        self.value_ends, self.source_codes, self.numbers = array("q", [0]), array("i"), array("q")
+        self.task_ids, self.task_types = list[str](), list[str | None]()
+        self.keys, self.values = list[tuple[str, ...]](), list[Any]()
+        self._distinct_keys: dict[tuple[str, ...], tuple[str, ...]] = {}
+
+    def add(self, conversation: Conversation) -> None:
+        messages = [
+            (m.role, tuple([part if isinstance(part, str) else None for part in m.parts]), m.inline)
+            for m in conversation.messages
+        ]
+        images = [self.images.setdefault(image, len(self.images)) for image in conversation.images]
+        self.add_row(
+            conversation.task_id,
+            conversation.task_type,
+            messages,
+            images,
+            conversation.metadata,
+            conversation.subjects,
+            _split_source(conversation.source),
+        )
+
+    def add_row(
+        self,
+        task_id: str,
+        task_type: str | None,
+        messages: Iterable[_MessageKey],
+        images: Iterable[int],
+        metadata: Mapping[str, Any],
+        subjects: Iterable[str],
+        source: tuple[str, int, str],
+    ) -> None:
+        """Add a conversation of these messages, with these indices in `images`; source as from `_split_source`."""
+        self.task_ids.append(task_id)
+        self.task_types.append(task_type)
+        codes = self.messages
+        self.message_rows.add_row([codes.setdefault(message, len(codes)) for message in messages])
+        self.image_rows.add_row(images)
+        keys = tuple(metadata)
+        self.keys.append(self._distinct_keys.setdefault(keys, keys))
+        self.values.extend(metadata.values())
+        self.value_ends.append(len(self.values))
+        self.subject_rows.add_row([self.subjects.setdefault(name, len(self.subjects)) for name in subjects])
+        head, number, tail = source
+        self.source_codes.append(self.sources.setdefault((head, tail), len(self.sources)))
+        self.numbers.append(number)
 
 
 def _with_images(message: Message, images: Iterator[Image]) -> Message:
@@ -258,6 +303,11 @@ def _split_source(source: str) -> tuple[str, int, str]:
     if number.isdecimal() and str(int(number)) == number:
         return head + separator, int(number), tail
     return source, -1, ""
+
+
+def _join_source(head: str, number: int, tail: str) -> str:
+    """Undo `_split_source`."""
+    return head if number < 0 else f"{head}{number}{tail}"
 
 
 def _subject_names(ids: Iterable[Any]) -> list[str]:
@@ -351,16 +401,19 @@ def scan_conversations(
     faults: list[str] = []
     number, shown, tasks = 0, set[str](), set[str]()
     is_filtered = modality is not None or task_filter is not None
-    interned = _Interned(modalities)
+    interned, columns = _Interned(modalities), _Columns()
     files = conversation_files(Path(path))
 
-    def parse_all() -> Iterator[Conversation]:
+    def parse_all() -> None:
         nonlocal number, shown, tasks
         for file in files:
             root = (file.parent if image_root is None else Path(image_root)).absolute()
-            for source, record in _records(file, faults):
+            plain = _PlainParser(columns, root, interned, allow_outside_root)
+            for place, record in _records(file, faults):
                 number += 1
-                schema_faults = list[str]()
+                if not is_filtered and plain.add(record, place):
+                    continue
+                source, schema_faults = _join_source(*place), list[str]()
                 if isinstance(record, dict):
                     record, schema_faults = to_current(record, source)
                 if is_filtered:
@@ -373,7 +426,7 @@ def scan_conversations(
                     if modality is not None and any(resolve(modality) != resolve(name) for name in record_modalities):
                         continue
                 try:
-                    yield _Parser(record, source, root, interned, allow_outside_root).parse(schema_faults)
+                    columns.add(_Parser(record, source, root, interned, allow_outside_root).parse(schema_faults))
                 except DataError as error:
                     faults.extend(error.faults)
                 if len(faults) > MAX_FAULTS:
@@ -382,7 +435,8 @@ def scan_conversations(
                 faults.append(f"{file}: stopped here: too many errors; fix these first")
                 return
 
-    conversations = Conversations(parse_all())
+    parse_all()
+    conversations = Conversations._from_columns(columns)
     if not conversations and not faults:
         given = {"modality": modality, "task_filter": task_filter}
         filters = [f"{name} {value}" for name, value in given.items() if value is not None]
@@ -493,13 +547,17 @@ def _split_flags(words: Mapping[Path, list[str]]) -> str:
     return f": --train-data {train_flag} --eval-data {eval_flag}"
 
 
-def _records(file: Path, faults: list[str]) -> Iterator[tuple[str, Any]]:
-    """Yield (source, JSON value) for everything that should be a conversation; faulty JSON goes to `faults`."""
+def _records(file: Path, faults: list[str]) -> Iterator[tuple[tuple[str, int, str], Any]]:
+    """Yield (source as from `_split_source`, JSON value) for everything that should be a conversation.
+
+    Faulty JSON goes to `faults`.
+    """
     try:
         if file.suffix == ".json":
             for index, value in read_items(file, DataError, _LIST, nan_is_null=True):
-                yield str(file) if index is None else f"{file}[{index}]", value
+                yield (str(file), -1, "") if index is None else (f"{file}[", index, "]"), value
             return
+        head = f"{file}:"
         for number, line in read_lines(file, DataError, _EACH):
             if line.lstrip().startswith("["):
                 raise DataError(f"{file}:{number}: a JSON list, not JSON Lines; rename the file to {file.stem}.json")
@@ -511,7 +569,7 @@ def _records(file: Path, faults: list[str]) -> Iterator[tuple[str, Any]]:
                     if len(faults) > MAX_FAULTS:
                         return
                 else:
-                    yield f"{file}:{number}", value
+                    yield (head, number, ""), value
     except DataError as error:
         faults.extend(error.faults)
 
@@ -530,6 +588,122 @@ class _Interned:
         """{values that name a path and a modality: the image}, without faulty ones."""
         self.messages: dict[tuple[str, str], Message] = {}
         """{role and text: the message with this text as its only part}, without faulty ones."""
+
+    def collect_subjects(self, ids: Any, metadata: Mapping[str, Any], paths: Iterable[str]) -> frozenset[str]:
+        """Return the ids of `Conversation.subjects`.
+
+        Args:
+            ids: the record's `subject_ids`, whatever it holds.
+            metadata: that of the record.
+            paths: image paths as in the record.
+        """
+        named = [name for names in (ids, metadata.get("reference_ids")) if isinstance(names, list) for name in names]
+        named += [metadata.get("subject_id"), metadata.get("reference_id")]
+        in_paths = filter(None, map(self.subject, paths))
+        return frozenset(map(self.text, [*_subject_names(named), *in_paths]))
+
+
+class _PlainParser:
+    """Adds plain records to columns, several times as fast as `_Parser`, to which it leaves all others.
+
+    Plain is what `data from-bids` writes: turns of parts, each image with its modality and path, no marker in a text.
+    What a new image means, and which are the subjects, is said by the same code as for other records.
+    """
+
+    def __init__(self, columns: _Columns, root: Path, interned: _Interned, allow_outside_root: bool):
+        self.columns, self.root, self.interned = columns, root, interned
+        self.allow_outside_root = allow_outside_root
+        self.images: dict[str, dict[str, int]] = {}
+        """{modality: {path: index in the columns' images}}, as in the records, without faulty ones."""
+        self.named: tuple[Any, ...] = ()
+        """What named the subjects of the last record; the next one is often about the same."""
+        self.subjects: frozenset[str] = frozenset()
+
+    def add(self, record: Any, source: tuple[str, int, str]) -> bool:
+        """Add a record if it is plain, and return whether it is. If not, nothing is added."""
+        if type(record) is not dict or not _PLAIN_KEYS.issuperset(record):
+            return False
+        task_id, task_type, turns = record.get("task_id"), record.get("task_type"), record.get("conversations")
+        metadata = record.get("metadata")
+        if metadata is None:
+            metadata = {}
+        if type(task_id) is not str or type(turns) is not list or not turns or type(metadata) is not dict:
+            return False
+        if task_type is not None and type(task_type) is not str:
+            return False
+        messages, image_parts, known = list[_MessageKey](), list[dict[str, Any]](), self.columns.messages
+        for turn in turns:
+            if type(turn) is not dict or len(turn) != 2:
+                return False
+            role, content = turn.get("role"), turn.get("content")
+            if role not in ROLES or type(content) is not list:
+                return False
+            texts = list[str | None]()
+            for part in content:
+                part_type = part.get("type") if type(part) is dict else None
+                if part_type == "text":
+                    text = part.get("text")
+                    if type(text) is not str:
+                        return False
+                    texts.append(text)
+                elif part_type == "image" and role != "assistant":
+                    image_parts.append(part)
+                    texts.append(None)
+                else:
+                    return False
+            message = (role, tuple(texts), False)
+            if message not in known and any(text is not None and _TOKEN.search(text) for text in texts):
+                return False
+            messages.append(message)
+        images = self.image_codes(image_parts, source)
+        if images is None:
+            return False
+        paths = [part["image_path"] for part in image_parts]
+        text_of = self.interned.text
+        values = {key: text_of(value) if type(value) is str else value for key, value in metadata.items()}
+        self.columns.add_row(
+            task_id,
+            task_type and text_of(task_type),
+            messages,
+            images,
+            values,
+            self.subjects_of(values, paths),
+            source,
+        )
+        return True
+
+    def image_codes(self, parts: list[dict[str, Any]], source: tuple[str, int, str]) -> list[int] | None:
+        """Return the indices of image parts in the columns; None, with nothing added, if one is not plain."""
+        codes, new = list[int](), list[tuple[str, str, Image]]()
+        for part in parts:
+            modality, path = part.get("modality"), part.get("image_path")
+            if type(modality) is not str or type(path) is not str:
+                return None
+            code = self.images[modality].get(path) if modality in self.images else None
+            if code is None:
+                parser = _Parser({}, _join_source(*source), self.root, self.interned, self.allow_outside_root)
+                image = parser.parse_image(part, 0, 0)
+                if parser.faults or parser.paths != [path]:  # with backslashes, say
+                    return None
+                new.append((modality, path, image))
+            else:
+                codes.append(code)
+        if not new:
+            return codes
+        indices = self.columns.images
+        for modality, path, image in new:
+            self.images.setdefault(modality, {})[path] = indices.setdefault(image, len(indices))
+        return [self.images[part["modality"]][part["image_path"]] for part in parts]
+
+    def subjects_of(self, metadata: dict[str, Any], paths: list[str]) -> frozenset[str]:
+        """Return the ids of `Conversation.subjects`."""
+        named = (metadata.get("subject_id"), paths)
+        is_text = type(named[0]) is str and "reference_id" not in metadata and "reference_ids" not in metadata
+        if not is_text:  # 1, 1.0 and true are equal, but not the same id
+            return self.interned.collect_subjects(None, metadata, paths)
+        if named != self.named:
+            self.named, self.subjects = named, self.interned.collect_subjects(None, metadata, paths)
+        return self.subjects
 
 
 class _Parser:
@@ -581,15 +755,8 @@ class _Parser:
         text = self.interned.text
         metadata = {text(k): text(v) if isinstance(v, str) else v for k, v in (metadata or {}).items()}
         task_type = task_type and text(task_type)
-        return Conversation(task_id, task_type, tuple(messages), metadata, self.source, self.collect_subjects(metadata))
-
-    def collect_subjects(self, metadata: Mapping[str, Any]) -> frozenset[str]:
-        """Return the ids of `Conversation.subjects`."""
-        lists = [self.record.get("subject_ids"), metadata.get("reference_ids")]
-        named = [name for names in lists if isinstance(names, list) for name in names]
-        named += [metadata.get("subject_id"), metadata.get("reference_id")]
-        in_paths = map(self.interned.subject, self.paths)
-        return frozenset(map(self.interned.text, [*_subject_names(named), *filter(None, in_paths)]))
+        subjects = self.interned.collect_subjects(self.record.get("subject_ids"), metadata, self.paths)
+        return Conversation(task_id, task_type, tuple(messages), metadata, self.source, subjects)
 
     def add_fault(self, place: str, message: str) -> None:
         self.faults.append(f"{place}: {message}")
