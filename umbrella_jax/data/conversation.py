@@ -604,10 +604,10 @@ class _Interned:
 
 
 class _PlainParser:
-    """Adds plain records to columns, several times as fast as `_Parser`, to which it leaves all others.
+    """Adds plain records to columns with half as many calls as `_Parser`, to which it leaves all others.
 
-    Plain is what `data from-bids` writes: turns of parts, each image with its modality and path, no marker in a text.
-    What a new image means, and which are the subjects, is said by the same code as for other records.
+    Plain are records in the current schema with turns of parts, each image with its modality and path, and no marker in
+    a text. What a new image means, and which are the subjects, is said by the same code as for other records.
     """
 
     def __init__(self, columns: _Columns, root: Path, interned: _Interned, allow_outside_root: bool):
