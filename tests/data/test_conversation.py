@@ -684,7 +684,13 @@ def make_plain(draw):
     roles = [role for _ in range(draw.randint(1, 2)) for role in ("user", "assistant")]
     turns = [{"role": role, "content": [part(role) for _ in range(draw.randint(0, 3))]} for role in roles]
     metadata = {"task": draw.choice(TEXTS), "subject_id": draw.choice(IDS), "age": draw.choice((20, 20.5))}
-    return {"task_id": draw.choice("ab"), "task_type": "T1", "conversations": turns, "metadata": metadata}
+    record = {"task_id": draw.choice("ab"), "task_type": "T1", "conversations": turns, "metadata": metadata}
+    if draw.random() < 0.5:  # as a built study has them
+        parts = [part for turn in turns for part in turn["content"] if part["type"] == "image"]
+        record["images"] = [{"path": p["image_path"], "token": "<image>", "modality": p["modality"]} for p in parts]
+        record["subject_ids"] = [draw.choice(IDS) for _ in parts]
+        record["modalities"] = [part["modality"] for part in parts]
+    return record
 
 
 def values_in(value):
@@ -732,6 +738,8 @@ def test_plain_records_mean_the_same_in_both_parsers(tmp_path, monkeypatch, suff
 
 def test_plain_records_need_one_parser_only(write_json, record, monkeypatch):
     turns = [("user", ["sMRI:sub-1/a.nii", "Sex?"]), ("assistant", ["female."])]
-    path = write_json("a.jsonl", [record(turns, task_type="T1", metadata={"task": "sex"})] * 3)
+    one = record(turns, task_type="T1", metadata={"task": "sex"})
+    path = write_json("a.jsonl", [one, one | {"images": [{"path": "sub-1/a.nii", "modality": "sMRI"}]}, one])
     monkeypatch.setattr(conversation._Parser, "parse", None)
     assert len(read_conversations(path, NAMES)) == 3
+    assert len(read_conversations(path, NAMES, modality="T1", task_filter="sex")) == 3

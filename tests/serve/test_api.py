@@ -20,7 +20,7 @@ from umbrella_jax.checkpoints.load import load
 from umbrella_jax.errors import visible
 from umbrella_jax.inference.generate import Sampling, encode, generate, prefill
 from umbrella_jax.inference.lanes import advance, enter, first_token
-from umbrella_jax.serve import engine
+from umbrella_jax.serve import engine, volumes
 from umbrella_jax.serve.listen import Server
 
 
@@ -222,9 +222,9 @@ def test_a_failure_of_the_device_ends_its_questions_and_no_others(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = served.ask().choices[0].message.content
-    for name in ("encode", "enter", "advance"):
+    for module, name in ((volumes, "encode"), (engine, "enter"), (engine, "advance")):
         with monkeypatch.context() as patched:
-            patched.setattr(engine, name, mock.Mock(side_effect=RuntimeError("RESOURCE_EXHAUSTED")))
+            patched.setattr(module, name, mock.Mock(side_effect=RuntimeError("RESOURCE_EXHAUSTED")))
             with pytest.raises(openai.InternalServerError):
                 served.ask("Which sex?", served.image(served.scan.with_name("3.nii.gz")))
     assert served.ask().choices[0].message.content == before

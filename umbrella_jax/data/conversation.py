@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from umbrella_jax.config.schema import DataConfig, modality_names, resolve_modality, unknown_modality
-from umbrella_jax.data.schema import IMAGE_MARKER, to_current
+from umbrella_jax.data.schema import IMAGE_MARKER, OLD_KEYS, to_current
 from umbrella_jax.data.subject_split import SPLITS
 from umbrella_jax.errors import DataError, visible
 from umbrella_jax.io.reading import JSON_KINDS, kind, parse_json, quoted, read_items, read_lines
@@ -30,7 +30,6 @@ T = TypeVar("T")
 _KNOWN_MESSAGES = 10_000
 """Number of messages of a single text that the parser recognises; files with more have few that are equal."""
 _SUFFIXES = (".json", ".jsonl")
-_PLAIN_KEYS = frozenset(("task_id", "task_type", "conversations", "metadata"))
 _TOKEN = re.compile("|".join(map(re.escape, (IMAGE_MARKER, TURN_START, TURN_END))))
 """Texts with one of these are read by `_Parser` alone: it puts images at markers and refuses forged turns."""
 _EACH = "expected a conversation, an object, in each line"
@@ -425,6 +424,8 @@ def scan_conversations(
                     resolve = interned.resolve
                     if modality is not None and any(resolve(modality) != resolve(name) for name in record_modalities):
                         continue
+                    if not schema_faults and plain.add(record, place):
+                        continue
                 try:
                     columns.add(_Parser(record, source, root, interned, allow_outside_root).parse(schema_faults))
                 except DataError as error:
@@ -606,8 +607,9 @@ class _Interned:
 class _PlainParser:
     """Adds plain records to columns with half as many calls as `_Parser`, to which it leaves all others.
 
-    Plain are records in the current schema with turns of parts, each image with its modality and path, and no marker in
-    a text. What a new image means, and which are the subjects, is said by the same code as for other records.
+    Plain is what this project writes: the current schema, turns of parts, each image with its modality and path, which
+    `images` may repeat, and no marker in a text. What a new image means, and which are the subjects, is said by the
+    same code as for other records.
     """
 
     def __init__(self, columns: _Columns, root: Path, interned: _Interned, allow_outside_root: bool):
@@ -621,10 +623,10 @@ class _PlainParser:
 
     def add(self, record: Any, source: tuple[str, int, str]) -> bool:
         """Add a record if it is plain, and return whether it is. If not, nothing is added."""
-        if type(record) is not dict or not _PLAIN_KEYS.issuperset(record):
+        if type(record) is not dict or not OLD_KEYS.isdisjoint(record):
             return False
         task_id, task_type, turns = record.get("task_id"), record.get("task_type"), record.get("conversations")
-        metadata = record.get("metadata")
+        metadata, listed = record.get("metadata"), record.get("images")
         if metadata is None:
             metadata = {}
         if type(task_id) is not str or type(turns) is not list or not turns or type(metadata) is not dict:
@@ -655,6 +657,8 @@ class _PlainParser:
             if message not in known and any(text is not None and _TOKEN.search(text) for text in texts):
                 return False
             messages.append(message)
+        if listed is not None and not self.are_listed(image_parts, listed):
+            return False
         images = self.image_codes(image_parts, source)
         if images is None:
             return False
@@ -667,10 +671,23 @@ class _PlainParser:
             messages,
             images,
             values,
-            self.subjects_of(values, paths),
+            self.subjects_of(record.get("subject_ids"), values, paths),
             source,
         )
         return True
+
+    def are_listed(self, parts: list[dict[str, Any]], listed: Any) -> bool:
+        """Return whether a record's `images` say the same as its image parts."""
+        return (
+            type(listed) is list
+            and len(listed) == len(parts)
+            and all(
+                type(entry) is dict
+                and entry.get("path") == part.get("image_path")
+                and entry.get("modality") == part.get("modality")
+                for entry, part in zip(listed, parts, strict=True)
+            )
+        )
 
     def image_codes(self, parts: list[dict[str, Any]], source: tuple[str, int, str]) -> list[int] | None:
         """Return the indices of image parts in the columns; None, with nothing added, if one is not plain."""
@@ -695,14 +712,15 @@ class _PlainParser:
             self.images.setdefault(modality, {})[path] = indices.setdefault(image, len(indices))
         return [self.images[part["modality"]][part["image_path"]] for part in parts]
 
-    def subjects_of(self, metadata: dict[str, Any], paths: list[str]) -> frozenset[str]:
+    def subjects_of(self, ids: Any, metadata: dict[str, Any], paths: list[str]) -> frozenset[str]:
         """Return the ids of `Conversation.subjects`."""
-        named = (metadata.get("subject_id"), paths)
-        is_text = type(named[0]) is str and "reference_id" not in metadata and "reference_ids" not in metadata
-        if not is_text:  # 1, 1.0 and true are equal, but not the same id
-            return self.interned.collect_subjects(None, metadata, paths)
+        named = (ids, metadata.get("subject_id"), paths)
+        is_text = ids is None or (type(ids) is list and all(type(one) is str for one in ids))
+        is_text = is_text and type(named[1]) is str  # 1, 1.0 and true are equal, but not the same id
+        if not is_text or "reference_id" in metadata or "reference_ids" in metadata:
+            return self.interned.collect_subjects(ids, metadata, paths)
         if named != self.named:
-            self.named, self.subjects = named, self.interned.collect_subjects(None, metadata, paths)
+            self.named, self.subjects = named, self.interned.collect_subjects(ids, metadata, paths)
         return self.subjects
 
 

@@ -15,7 +15,8 @@ IMAGE_MARKER = "<image>"
 _ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 _TURNS = ("conversations", "conversation", "messages")
 _IMAGES = ("images", "brain_scans", "modality_paths", "image")
-_OLD = {*_TURNS[1:], *_IMAGES[1:]}
+OLD_KEYS = frozenset((*_TURNS[1:], *_IMAGES[1:]))
+"""Keys of a record by which its turns and images are those of another schema."""
 _READ = (
     "expected turns in one of `conversations`, `conversation` and `messages`, all {role, content} or all {from, "
     "value}, and images in one of `images`, `brain_scans`, `modality_paths` and `image`, or in the turns only"
@@ -73,7 +74,7 @@ def to_current(record: dict[str, Any], source: str) -> tuple[dict[str, Any], lis
 def _is_current(record: dict[str, Any]) -> bool:
     """Return whether nothing has to be converted, as in almost all of a million records."""
     turns = record.get("conversations")
-    if record.get("task_id") is None or not record.keys().isdisjoint(_OLD) or not isinstance(turns, list):
+    if record.get("task_id") is None or not record.keys().isdisjoint(OLD_KEYS) or not isinstance(turns, list):
         return False
     for turn in turns:
         if not isinstance(turn, dict) or "from" in turn or "value" in turn:

@@ -210,9 +210,14 @@ def headline(metrics: Sequence[Name]) -> Name:
     return next((name for name in metrics if name in ("accuracy", "mae")), metrics[0])
 
 
+def unit_of(task: Task, metric: str) -> str | None:
+    """Return the unit of a metric; None if it has none or the task's is not known."""
+    return task.unit if metric in WITH_UNIT else None
+
+
 def with_unit(task: Task, metric: str) -> str:
     """Return the name of a metric with its unit."""
-    return f"{metric} ({task.unit})" if task.unit and metric in WITH_UNIT else metric
+    return f"{metric} ({unit})" if (unit := unit_of(task, metric)) else metric
 
 
 def name_of(task: str, figure: str) -> str:

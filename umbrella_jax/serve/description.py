@@ -24,7 +24,7 @@ from umbrella_jax.io.reading import sha256
 from umbrella_jax.rundir import COUNTS, INPUTS, load_run_config, predictions_by_step
 from umbrella_jax.scoring.metrics import read_predictions
 from umbrella_jax.scoring.rows import blank_rows
-from umbrella_jax.scoring.tasks import WITH_UNIT, Task, headline, task_of, tasks_of
+from umbrella_jax.scoring.tasks import Task, headline, task_of, tasks_of, unit_of
 from umbrella_jax.serve.engine import Question
 
 NOTICE = (
@@ -93,7 +93,7 @@ class ServedTask:
 
     def _metric_unit(self, metric: str) -> str:
         """Return the unit of a metric, empty for a share or a correlation."""
-        return (self.task.unit or "") if self.task is not None and metric in WITH_UNIT else ""
+        return (unit_of(self.task, metric) if self.task else None) or ""
 
 
 @dataclass(frozen=True)
