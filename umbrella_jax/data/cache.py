@@ -288,14 +288,14 @@ class Sources:
             self._axes[path, config] if (path, config) in self._axes else axis_codes(open_volume(path, config), config)
         )
 
-    def digest(self, path: str | Path, config: ModalityConfig) -> str:
+    def digest(self, path: Path, config: ModalityConfig) -> str:
         """Return the `source_digest` of a file as it was when it was first read."""
-        source = self._sources.get((Path(path), config))
-        return source.digest if source else source_digest(Path(path))
+        source = self._sources.get((path, config))
+        return source.digest if source else source_digest(path)
 
-    def companions(self, path: str | Path, config: ModalityConfig) -> tuple[tuple[Path, str], ...]:
+    def companions(self, path: Path, config: ModalityConfig) -> tuple[tuple[Path, str], ...]:
         """Return (file, SHA-256) of each of the `companion_files` of a checked file."""
-        return self._sources[Path(path), config].companions
+        return self._sources[path, config].companions
 
     def background(self, path: Path, config: ModalityConfig, window: int) -> float | None:
         """Return the background's value in a checked, preprocessed volume; None means the lowest value."""

@@ -4,6 +4,7 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -132,10 +133,9 @@ class Processor:
                     if (path := getattr(data, split)) is not None:
                         conversations[split] = read_with_config(path, self.modalities, data)
             faults.raise_as(DataError)
-        images = [image for each in conversations.values() for conversation in each for image in conversation.images]
+        images = chain.from_iterable(each.images for each in conversations.values())
         with suppress(DataError):  # raised again below, with the faults of the texts
             sources.check_all(images, self.modalities, data.threads, share=True)
-        del images
         for split in list(conversations):
             with faults:
                 datasets[split] = Dataset.from_conversations(
