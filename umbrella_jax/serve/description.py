@@ -88,12 +88,8 @@ class ServedTask:
             "kind": None if task is None else task.kind,
             "answers": None if task is None else task.answers,
             "numbers": numbers,
-            "metric": self.metric and {**self.metric, "unit": self._metric_unit(self.metric["name"])},
+            "metric": self.metric and {**self.metric, "unit": (task and unit_of(task, self.metric["name"])) or ""},
         }
-
-    def _metric_unit(self, metric: str) -> str:
-        """Return the unit of a metric, empty for a share or a correlation."""
-        return (unit_of(self.task, metric) if self.task else None) or ""
 
 
 @dataclass(frozen=True)

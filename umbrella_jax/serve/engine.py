@@ -2,8 +2,9 @@
 
 One thread owns the model. It reads prompts one by one, padded to one of a few lengths, and then generates the answers
 of up to `lanes` questions together (`umbrella_jax.inference.lanes`): a question joins the others at any token and
-leaves after its last one. Volumes are read by other threads beforehand, and the features of the latest ones are kept,
-so a second question about a scan neither reads nor encodes it again. Explanations run in a thread of their own.
+leaves after its last one. Volumes are read by other threads beforehand, and the features of the latest ones are kept
+(`umbrella_jax.serve.volumes`), so a second question about a scan neither reads nor encodes it again. Explanations run
+in a thread of their own.
 """
 
 import asyncio
